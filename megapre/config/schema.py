@@ -1,0 +1,269 @@
+"""The job file: one dataclass per TOML table, each field with its meaning and unit under it.
+
+``megapre/config/load.py`` fills these from a file and dotted overrides, ``check.py`` holds the rules that
+span fields. Nothing here imports torch: a bad job is refused before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the network. GPT-2, Llama and BERT-like encoders are settings of the same block."""
+
+    architecture: str = "decoder"
+    """``decoder`` (causal attention) or ``encoder`` (full attention)."""
+    layers: int = 2
+    """Number of transformer blocks."""
+    hidden: int = 64
+    """Width of the residual stream, in features."""
+    heads: int = 4
+    """Number of query heads."""
+    kv_heads: int = 0
+    """Number of key/value heads (GQA; 1 is MQA). 0 means equal to ``heads`` (MHA)."""
+    ffn_hidden: int = 0
+    """Width of the MLP, in features. 0 means 4 x ``hidden``."""
+    vocab_size: int = 0
+    """Number of token ids. 0 means: taken from the tokenizer recorded beside the training data."""
+    sequence: int = 128
+    """Tokens per sample."""
+    norm: str = "layernorm"
+    """``layernorm`` (arXiv 1607.06450) or ``rmsnorm`` (arXiv 1910.07467), applied before each sub-layer."""
+    norm_eps: float = 1e-5
+    """Added to the variance inside the norm."""
+    activation: str = "gelu"
+    """``gelu`` (tanh form, as GPT-2) or ``swiglu`` (arXiv 2002.05202)."""
+    positions: str = "learned"
+    """``learned`` (GPT-2), ``rope`` (arXiv 2104.09864, half-split as in Llama) or ``none``."""
+    rope_theta: float = 10000.0
+    """Base of the RoPE frequencies."""
+    bias: bool = True
+    """Whether linear layers have a bias."""
+    tied_embeddings: bool = True
+    """Whether the output layer shares the token embedding."""
+    parallel_block: bool = False
+    """Attention and MLP read the same norm and add to the residual together (PaLM, arXiv 2204.02311)."""
+    dropout: float = 0.0
+    """Probability of dropping a feature after the embedding, the attention output and the MLP."""
+    attention_dropout: float = 0.0
+    """Probability of dropping an attention weight."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 x layers)."""
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key/value heads with the default resolved."""
+        return self.kv_heads or self.heads
+
+    @property
+    def n_ffn(self) -> int:
+        """MLP width with the default resolved."""
+        return self.ffn_hidden or 4 * self.hidden
+
+    @property
+    def head_dim(self) -> int:
+        """Features per attention head."""
+        return self.hidden // self.heads
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from and in which order they are read."""
+
+    paths: list[str] = field(default_factory=list)
+    """Prefixes of ``.bin``/``.idx`` pairs, e.g. ``data/corpus_text_document``."""
+    weights: list[float] = field(default_factory=list)
+    """Share of samples drawn from each path; empty means one share per training token."""
+    split: list[float] = field(default_factory=lambda: [0.98, 0.02, 0.0])
+    """Shares of documents (by stored order, each source alone) for training, validation and test."""
+    tokenizer_type: str = "HuggingFaceTokenizer"
+    """``HuggingFaceTokenizer``, ``SentencePieceTokenizer``, ``ByteTokenizer`` or ``NullTokenizer``."""
+    tokenizer_model: str = ""
+    """The tokenizer's file. Empty: none is loaded (``generate`` then needs ``--tokenizer``)."""
+    objective: str = "causal"
+    """``causal`` (next token) or ``masked`` (BERT, arXiv 1810.04805)."""
+    mask_probability: float = 0.15
+    """Share of tokens that the masked objective hides."""
+    mask_token: int = -1
+    """Id that hides a token; -1 means the tokenizer's own, else the last id of the vocabulary."""
+    eod_mask_loss: bool = False
+    """Leave predictions made from an end-of-document token out of the loss (causal objective)."""
+    reset_positions: bool = False
+    """Restart positions at every document inside a sample."""
+    reset_attention: bool = False
+    """Keep attention inside a document."""
+    seed: int = 1234
+    """Key of the sample order and of the objectives' randomness."""
+    prefetch: int = 2
+    """Steps read ahead by the loader's thread."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The grid. World size = pipeline x data x tensor, tensor innermost."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks (arXiv 1909.08053)."""
+    pipeline: int = 1
+    """Pipeline-parallel stages."""
+    data: int = 0
+    """Data-parallel ranks. 0 means: what the launched ranks leave, or 1 when started alone."""
+    sequence: bool = False
+    """Megatron sequence parallelism (arXiv 2205.05198): norms and dropout work on a shard of the sequence."""
+    zero: int = 0
+    """0: optimizer state on every rank; 1: sharded over data-parallel ranks (ZeRO-1, arXiv 1910.02054)."""
+    schedule: str = "1f1b"
+    """Pipeline schedule: ``1f1b`` or ``gpipe``."""
+    layers_per_stage: list[int] = field(default_factory=list)
+    """Blocks on each stage; empty: as even as possible."""
+    bucket_elements: int = 16_777_216
+    """Gradient elements per data-parallel reduction."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101) with fp32 master weights."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms and biases are not decayed."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate by step: linear warm-up, then a decay."""
+
+    kind: str = "cosine"
+    """``cosine``, ``linear`` or ``constant``."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    decay: int = 0
+    """Step at which the decay ends. 0 means ``train.steps``."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number format of weights and activations. Master weights and gradients are always fp32 (fp64 under fp64)."""
+
+    dtype: str = "fp32"
+    """``fp32``, ``bf16``, ``fp16`` (with dynamic loss scaling) or ``fp64`` (proofs)."""
+    initial_loss_scale: float = 65536.0
+    """First loss scale, fp16 only."""
+    growth_interval: int = 1000
+    """Finite steps after which the fp16 loss scale doubles."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and batch of the run."""
+
+    run_dir: str = "runs/default"
+    """Folder of the run: job.toml, metrics.jsonl, checkpoints/, tensorboard/, log/."""
+    steps: int = 100
+    """Optimizer steps in all."""
+    global_batch: int = 8
+    """Samples per optimizer step over all ranks."""
+    microbatch: int = 1
+    """Samples per forward pass on one rank."""
+    seed: int = 1
+    """Key of initial weights and dropout."""
+    device: str = "auto"
+    """``auto`` (CUDA when there is one), ``cpu`` or ``cuda``."""
+    deterministic: bool = False
+    """Refuse operations that are not bitwise repeatable (GPU; the CPU path always is)."""
+    threads: int = 0
+    """CPU threads per rank. 0 means the machine's cores divided by local ranks."""
+    eval_interval: int = 0
+    """Steps between validations; 0 means only at the end."""
+    eval_samples: int = 64
+    """Validation samples per validation."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    interval: int = 0
+    """Steps between checkpoints; 0 means only at the end."""
+    keep_last: int = 2
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Also keep every checkpoint whose step is a multiple of this; 0: none."""
+    resume: bool = True
+    """Continue from the newest valid checkpoint of the run folder."""
+    load: str = ""
+    """A checkpoint (``.../step_N``) to start from when the run folder has none; any layout."""
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What a run reports."""
+
+    interval: int = 1
+    """Steps between lines of metrics."""
+    tensorboard: bool = False
+    """Also write TensorBoard events."""
+    activation_rms: bool = False
+    """Report the root mean square of every block's output."""
+    warmup_steps: int = 3
+    """First steps of a process, kept out of tokens/s."""
+    peak_tflops: float = 0.0
+    """Peak of one device in TFLOP/s, for MFU. 0: the data sheet's for a known GPU; measured by a GEMM on a CPU."""
+
+
+@dataclass(frozen=True)
+class ResilienceConfig:
+    """What happens when ranks fail."""
+
+    max_restarts: int = 3
+    """Times that the local launcher restarts failed ranks."""
+    timeout: int = 600
+    """Seconds after which a collective that makes no progress fails."""
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Version of each op: ``auto`` or a name that ``megapre kernels`` lists."""
+
+    norm: str = "auto"
+    """LayerNorm and RMSNorm."""
+    attention: str = "auto"
+    """Scaled dot-product attention."""
+    activation: str = "auto"
+    """GELU and SwiGLU."""
+    rope: str = "auto"
+    """Rotary positions."""
+    cross_entropy: str = "auto"
+    """Local part of the vocabulary-parallel cross-entropy."""
+    dropout: str = "auto"
+    """Counter-based dropout."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole job."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)

@@ -1,0 +1,198 @@
+"""Rules of a job, and hundreds of bad jobs that each get one sentence."""
+
+import dataclasses
+import random
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megapre.config.check import CHOICES, RANGES, ConfigError, check, world_size
+from megapre.config.load import from_dict, load
+from megapre.config.schema import Config
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
+
+
+def job(**settings: Any) -> Config:
+    """``job(model__heads=3)``: the defaults with some keys changed."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        table, key = name.split("__")
+        tables.setdefault(table, {})[key] = value
+    return from_dict(tables)
+
+
+def refused(config: Config, world: int | None = None) -> str:
+    with pytest.raises(ConfigError) as refusal:
+        check(config, world)
+    message = str(refusal.value)
+    assert "\n" not in message and not re.search(r"[.!?] [A-Z]", message), message
+    return message
+
+
+def test_defaults_pass_and_data_resolves() -> None:
+    assert check(Config()).parallel.data == 1
+    assert check(job(parallel__tensor=2), 8).parallel.data == 4
+    grid = check(job(parallel__tensor=2, parallel__pipeline=2, parallel__data=2))
+    assert world_size(grid) == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "world", "parts"),
+    [
+        ({"model__heads": 3}, None, ["model.hidden (64)", "model.heads (3)"]),
+        ({"model__kv_heads": 3}, None, ["model.heads (4)", "model.kv_heads (3)"]),
+        ({"model__kv_heads": 8}, None, ["model.kv_heads (8)", "model.heads (4)"]),
+        ({"model__positions": "rope", "model__hidden": 12}, None, ["12 / 4 = 3"]),
+        ({"parallel__tensor": 8}, None, ["model.heads (4)", "parallel.tensor (8)"]),
+        ({"parallel__tensor": 3, "model__hidden": 72, "model__heads": 12, "model__kv_heads": 4}, None,
+         ["model.kv_heads (4)", "parallel.tensor (3)"]),
+        ({"parallel__tensor": 4, "model__ffn_hidden": 102}, None, ["model.ffn_hidden (102)", "parallel.tensor (4)"]),
+        ({"parallel__tensor": 4, "parallel__sequence": True, "model__sequence": 126}, None,
+         ["model.sequence (126)", "parallel.tensor (4)"]),
+        ({"parallel__pipeline": 3}, None, ["model.layers (2)", "parallel.pipeline (3)"]),
+        ({"parallel__layers_per_stage": [1, 1]}, None, ["2 entries", "parallel.pipeline = 1"]),
+        ({"parallel__pipeline": 2, "parallel__layers_per_stage": [1, 2]}, None, ["sums to 3", "model.layers is 2"]),
+        ({"parallel__pipeline": 2, "parallel__layers_per_stage": [0, 2]}, None, ["holds 0"]),
+        ({"train__microbatch": 3}, None, ["train.global_batch (8)", "3 x 1"]),
+        ({"parallel__data": 3}, None, ["train.global_batch (8)", "1 x 3"]),
+        ({"parallel__data": 2}, 4, ["1 x 1 x 2 = 2", "4 were launched"]),
+        ({"parallel__tensor": 2}, 3, ["3 launched ranks", "2 x 1 = 2"]),
+        ({"model__architecture": "encoder"}, None, ["data.objective = 'masked'"]),
+        ({"data__objective": "masked"}, None, ["data.objective = 'causal'"]),
+        ({"model__architecture": "encoder", "data__objective": "masked", "data__mask_probability": 0.0}, None,
+         ["data.mask_probability"]),
+        ({"model__architecture": "encoder", "data__objective": "masked", "model__vocab_size": 10,
+          "data__mask_token": 10}, None, ["data.mask_token (10)", "model.vocab_size (10)"]),
+        ({"data__split": [0.5, 0.5]}, None, ["data.split", "[0.5, 0.5]"]),
+        ({"data__split": [0.5, 0.5, 0.5]}, None, ["sums to 1.5"]),
+        ({"data__split": [0.0, 0.5, 0.5]}, None, ["nothing for training"]),
+        ({"data__paths": ["a"], "data__weights": [0.5, 0.5]}, None, ["2 entries", "1 data.paths"]),
+        ({"data__paths": ["a"], "data__weights": [0.0]}, None, ["data.weights holds 0"]),
+        ({"schedule__warmup": 100}, None, ["schedule.warmup (100)", "train.steps (100)"]),
+        ({"precision__dtype": "fp16", "precision__initial_loss_scale": 1000.0}, None, ["power of two", "1000"]),
+        ({"optimizer__lr": float("nan")}, None, ["optimizer.lr", "finite"]),
+        ({"optimizer__beta2": 1.0}, None, ["optimizer.beta2", "below 1"]),
+        ({"parallel__zero": 2}, None, ["parallel.zero", "0 or 1", "2"]),
+        ({"train__run_dir": " "}, None, ["train.run_dir"]),
+        ({"model__layers": 2**70}, None, ["model.layers", "2^63"]),
+    ],
+)
+def test_each_rule_gives_the_numbers_and_the_key(settings: dict[str, Any], world: int | None, parts: list[str]) -> None:
+    message = refused(job(**settings), world)
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parallel__tensor": 4, "model__heads": 8, "model__kv_heads": 2},  # key/value heads held by neighbours
+        {"schedule__kind": "constant", "schedule__warmup": 100},
+        {"schedule__decay": 1000, "schedule__warmup": 500},
+        {"precision__dtype": "fp16"},
+        {"model__architecture": "encoder", "data__objective": "masked"},
+        {"optimizer__clip": 0.0},
+        {"parallel__pipeline": 2, "parallel__layers_per_stage": [1, 1]},
+    ],
+)
+def test_good_jobs_pass(settings: dict[str, Any]) -> None:
+    check(job(**settings))
+
+
+def test_every_number_and_choice_has_a_rule() -> None:
+    """A new field must be given a range or choices here, or be named as one that needs none."""
+    free = {
+        "data.mask_token", "data.paths", "data.weights", "data.split", "data.tokenizer_model", "train.run_dir",
+        "parallel.layers_per_stage", "precision.initial_loss_scale", "checkpoint.load",
+    }  # fmt: skip
+    for table in dataclasses.fields(Config):
+        for entry in dataclasses.fields(getattr(Config(), table.name)):
+            name = f"{table.name}.{entry.name}"
+            if entry.type == "bool" or table.name == "kernels" or name in free:
+                continue
+            assert name in CHOICES or name in RANGES, name
+    tables = dataclasses.fields(Config)
+    known = {f"{t.name}.{e.name}" for t in tables for e in dataclasses.fields(getattr(Config(), t.name))}
+    assert set(CHOICES) | set(RANGES) <= known
+
+
+def bad_jobs(seed: int, count: int) -> list[tuple[dict[str, Any], int | None]]:
+    """Good jobs with one thing broken, of shapes, grids, batches, ranges, choices, types and names."""
+    draw = random.Random(seed)
+    numbers = [name for name in RANGES if name != "parallel.data"]
+    jobs: list[tuple[dict[str, Any], int | None]] = []
+    while len(jobs) < count:
+        heads, tensor = draw.choice([4, 8]), draw.choice([1, 2, 4])
+        pipeline, data, micro = draw.choice([1, 2]), draw.choice([1, 2]), draw.choice([1, 2])
+        tables: dict[str, Any] = {
+            "model": {"heads": heads, "hidden": heads * 16, "layers": 4},
+            "parallel": {"tensor": tensor, "pipeline": pipeline, "data": data},
+            "train": {"global_batch": micro * data * draw.randint(1, 4), "microbatch": micro},
+        }
+        check(from_dict(tables))
+        world = None
+        kind = draw.randrange(9)
+        if kind == 0:
+            tables["model"]["heads"] = heads * 16 + draw.randint(1, 9)
+        elif kind == 1:
+            world = tensor * pipeline * data + draw.choice([-1, 1, 3])
+        elif kind == 2:
+            tables["parallel"]["data"], tables["train"]["microbatch"] = 2, 2
+            tables["train"]["global_batch"] = 4 * draw.randint(0, 9) + draw.randint(1, 3)
+        elif kind == 3:
+            table, key = draw.choice(numbers).split(".")
+            tables.setdefault(table, {})[key] = -draw.randint(1, 10**6)
+        elif kind == 4:
+            table, key = draw.choice(list(CHOICES)).split(".")
+            tables.setdefault(table, {})[key] = -1 if key == "zero" else "".join(draw.sample("abcxyz -_", 5))
+        elif kind == 5:
+            table, key = draw.choice(numbers).split(".")
+            tables.setdefault(table, {})[key] = draw.choice(["3", True, [1], {"a": 1}, None])
+        elif kind == 6:
+            table, key = draw.choice(numbers).split(".")
+            tables.setdefault(table, {})[key + draw.choice("xyz_")] = 1
+        elif kind == 7:
+            tables[draw.choice(["modle", "Train", "", "optim"])] = {}
+        else:
+            tables["model"]["layers"], tables["parallel"]["pipeline"] = 2, draw.randint(3, 50)
+            tables["train"]["global_batch"] = 64
+        jobs.append((tables, world))
+    return jobs
+
+
+def test_hundreds_of_bad_jobs_each_get_one_sentence() -> None:
+    seed = random.randrange(2**32)
+    start = time.monotonic()
+    for number, (tables, world) in enumerate(bad_jobs(seed, 600)):
+        with pytest.raises(ConfigError) as refusal:
+            check(from_dict(tables), world)
+            print(f"seed {seed}, job {number} was accepted: {tables}, world {world}")
+        message = str(refusal.value)
+        assert "\n" not in message and len(message) < 1200, (seed, number, message)
+        assert not re.search(r"[.!?] [A-Z]", message), (seed, number, message)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_fit_their_own_grid(path: Path) -> None:
+    config = check(load(path))
+    assert check(load(path), world_size(config)) == config
+
+
+def test_there_are_examples() -> None:
+    assert {path.stem for path in EXAMPLES} >= {"tiny_gpt2", "tiny_llama", "tiny_bert", "gpt2_124m", "llama_8b"}
+
+
+@pytest.mark.parametrize(("name", "billions"), [("gpt2_124m", 0.1244), ("llama_1b", 1.236), ("llama_8b", 8.03)])
+def test_published_shapes_have_their_published_size(name: str, billions: float) -> None:
+    model = load(next(path for path in EXAMPLES if path.stem == name)).model
+    vocab = model.vocab_size or {"gpt2_124m": 50257, "llama_1b": 128256}[name]
+    attention = model.hidden * model.head_dim * (2 * model.heads + 2 * model.n_kv_heads)
+    mlp = (3 if model.activation == "swiglu" else 2) * model.hidden * model.n_ffn
+    positions = model.sequence * model.hidden if model.positions == "learned" else 0
+    embeddings = vocab * model.hidden * (1 if model.tied_embeddings else 2) + positions
+    assert (model.layers * (attention + mlp) + embeddings) / 1e9 == pytest.approx(billions, rel=2e-3)
