@@ -1,0 +1,110 @@
+"""Which source sample n comes from, and its rank there: one table per period, O(1) a sample.
+
+Weights become integers over 2^20; the table is Tijdeman's chairman assignment ("The chairman assignment problem",
+Discrete Mathematics 32, 1980): after any number of samples each source is less than one sample from its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import heappop, heappush
+from math import fsum, gcd, isfinite
+
+import numpy as np
+
+UNIT = 1 << 20
+SHORT_PERIOD = 4096
+
+
+def round_weights(weights: Sequence[float], names: Sequence[str] | None = None) -> list[int]:
+    """Weights as small integers, whose shares are those of the weights to the nearest 2^-20.
+
+    Weights that people write, like 0.3 and 0.7, have a period of a few samples within the same rounding, and then
+    that is taken. Raises ValueError on a weight that is negative, not finite, or rounds to 0.
+    """
+    if not weights:
+        raise ValueError("data.paths is empty: name at least one .bin/.idx prefix.")
+    for i, weight in enumerate(weights):
+        if not isfinite(weight) or weight < 0:
+            raise ValueError(f"data.weights[{i}] = {weight} is not a share; shares are finite and positive.")
+    total = fsum(weights)
+    rounded = [round(weight / total * UNIT) if total > 0 else 0 for weight in weights]
+    for i, units in enumerate(rounded):
+        if units == 0:
+            name = f" ({names[i]})" if names else ""
+            share = weights[i] / total if total > 0 else 0.0
+            raise ValueError(
+                f"data.weights[{i}] = {weights[i]:g}{name} is {share:.3g} of the whole and rounds to 0 in units of "
+                f"2^-20: give it at least {0.5 / UNIT:.2g} of the whole or drop data.paths[{i}]."
+            )
+    short = _short_period(np.asarray(weights, np.float64) / total)
+    if short is not None:
+        return short
+    divisor = gcd(*rounded)
+    return [units // divisor for units in rounded]
+
+
+def _short_period(shares: np.ndarray) -> list[int] | None:
+    """Counts of the shortest period up to 4,096 in which every share is met to half a unit of 2^-20."""
+    for period in range(len(shares), SHORT_PERIOD + 1):
+        exact = shares * period
+        counts = np.rint(exact)
+        if counts.min() >= 1 and np.abs(exact - counts).max() * UNIT <= 0.5 * period and counts.sum() == period:
+            return [int(count) for count in counts]
+    return None
+
+
+def chairman(counts: Sequence[int]) -> np.ndarray:
+    """Source of each slot of one period: int32 [sum(counts)], in which source i appears counts[i] times.
+
+    Seat j of source i opens at slot ceil(((j - 1) + e) P / c) and is due by (j - e) P / c, with e = 1 / (2k - 2) for
+    k sources; filling each slot with the open seat that is due first keeps every prefix within 1 - e.
+    """
+    k, period = len(counts), sum(counts)
+    if k == 1:
+        return np.zeros(period, np.int32)
+    parts = 2 * k - 2
+    source = np.repeat(np.arange(k, dtype=np.int32), counts)
+    count = np.repeat(np.asarray(counts, np.int64), counts)
+    seat = np.arange(period, dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+    opens = -(-(((seat - 1) * parts + 1) * period) // (count * parts))
+    due = ((seat * parts - 1) * period) // (count * parts)
+    by_due = np.lexsort((source, due))
+    place = np.empty(period, np.int64)
+    place[by_due] = np.arange(period)
+    by_opening = np.argsort(opens, kind="stable")
+    waiting = place[by_opening].tolist()
+    ends = np.searchsorted(opens[by_opening], np.arange(1, period + 1), side="right").tolist()
+    heap: list[int] = []
+    seated = []
+    taken = 0
+    for end in ends:
+        while taken < end:
+            heappush(heap, waiting[taken])
+            taken += 1
+        seated.append(heappop(heap))
+    return source[by_due[np.asarray(seated)]]
+
+
+class Blend:
+    """Order of sources under fixed weights; the same whatever the length of the run."""
+
+    def __init__(self, weights: Sequence[float], names: Sequence[str] | None = None) -> None:
+        self.counts = round_weights(weights, names)
+        self.period = sum(self.counts)
+        self._source: np.ndarray | None = None
+        if len(self.counts) > 1:
+            self._source = chairman(self.counts)
+            by_source = np.argsort(self._source, kind="stable")
+            rank = np.empty(self.period, np.int32)
+            first = np.cumsum(self.counts) - self.counts
+            rank[by_source] = np.arange(self.period) - np.repeat(first, self.counts)
+            self._rank = rank
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Source of ``sample`` and its rank among all samples of that source."""
+        if self._source is None:
+            return 0, sample
+        cycle, slot = divmod(sample, self.period)
+        source = int(self._source[slot])
+        return source, cycle * self.counts[source] + int(self._rank[slot])

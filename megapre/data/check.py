@@ -1,0 +1,99 @@
+"""Refuse a job whose data cannot be read as it says, before torch is imported. Under a second for large sets."""
+
+from __future__ import annotations
+
+import os
+
+from megapre.config.schema import Config
+from megapre.data.blend import round_weights
+from megapre.data.indexed import IndexedDataset
+from megapre.data.order import SampleOrder
+from megapre.data.samples import mask_token, no_sample, sample_weights, split_tokens
+from megapre.data.sidecar import TokenizerRecord, file_digest
+from megapre.objectives.table import load as load_objective
+
+PROBED_TOKENS = 1 << 16
+
+
+def check_data(config: Config) -> int:
+    """Open every path of ``data.paths``, check it against its record and the job, and return the vocabulary size.
+
+    Raises ValueError, in one sentence with the numbers and the key to change, on a missing or cut file, a record
+    that does not match, another tokenizer, a vocabulary or split that is too small, or a weight that rounds to 0.
+    """
+    data = config.data
+    if not data.paths:
+        raise ValueError("data.paths is empty: name at least one .bin/.idx prefix.")
+    load_objective(data.objective)
+    if not 0 < data.mask_probability <= 1:
+        raise ValueError(f"data.mask_probability = {data.mask_probability} is not in (0, 1].")
+    datasets = [IndexedDataset(path) for path in data.paths]
+    for dataset in datasets:
+        lo, hi = split_tokens(dataset, data.split)[0]
+        SampleOrder(data.seed, 0, lo, hi, config.model.sequence, f"{dataset.prefix} (train)")
+    valid = [split_tokens(dataset, data.split)[1] for dataset in datasets]
+    if config.train.eval_samples > 0 and max(hi - lo for lo, hi in valid) < config.model.sequence + 1:
+        raise no_sample(config, "valid")
+    round_weights(sample_weights(config, datasets), data.paths)
+    _check_tokenizer(config, datasets)
+    vocab_size = _vocab_size(config, datasets)
+    for dataset in datasets:
+        mask_token(config, dataset, vocab_size)
+        record = _record(dataset)
+        if data.objective == "causal" and data.eod_mask_loss and (record is None or record.eod is None):
+            raise ValueError(
+                f"data.eod_mask_loss = true needs the end-of-document id, and {dataset.prefix}.json records none."
+            )
+        _probe(dataset, vocab_size)
+    return vocab_size
+
+
+def _record(dataset: IndexedDataset) -> TokenizerRecord | None:
+    return dataset.sidecar.tokenizer if dataset.sidecar else None
+
+
+def _check_tokenizer(config: Config, datasets: list[IndexedDataset]) -> None:
+    """All pairs, and ``data.tokenizer_model`` when it is given, are of one tokenizer as far as is known."""
+    model = config.data.tokenizer_model
+    seen, origin = None, ""
+    if model:
+        path = os.path.join(model, "tokenizer.json") if os.path.isdir(model) else model
+        if not os.path.isfile(path):
+            raise ValueError(f"data.tokenizer_model = {model!r} does not exist.")
+        seen, origin = file_digest(path), f"data.tokenizer_model = {model}"
+    for dataset in datasets:
+        record = _record(dataset)
+        if record is None or record.digest is None:
+            continue
+        if seen is not None and record.digest != seen:
+            raise ValueError(
+                f"{dataset.prefix} was written by a tokenizer with sha256 {record.digest[:12]} "
+                f"({record.vocab_size} ids) where {origin} has {seen[:12]}: tokenize it again or change data.paths."
+            )
+        seen, origin = record.digest, dataset.prefix
+
+
+def _vocab_size(config: Config, datasets: list[IndexedDataset]) -> int:
+    known = {dataset.prefix: record.vocab_size for dataset in datasets if (record := _record(dataset)) is not None}
+    asked = config.model.vocab_size
+    if not known and asked <= 0:
+        raise ValueError(
+            f"model.vocab_size = {asked} leaves the vocabulary to the data, and no .json beside data.paths records it."
+        )
+    for prefix, size in known.items():
+        if 0 < asked < size:
+            raise ValueError(
+                f"model.vocab_size = {asked} is smaller than the {size} ids of the tokenizer that wrote {prefix}."
+            )
+    return asked if asked > 0 else max(known.values())
+
+
+def _probe(dataset: IndexedDataset, vocab_size: int) -> None:
+    """Look at the first tokens: a wrong vocabulary usually shows there. Every token is checked when it is read."""
+    tokens = dataset.read(0, min(PROBED_TOKENS, dataset.total_tokens))
+    if len(tokens) and (int(tokens.max()) >= vocab_size or int(tokens.min()) < 0):
+        worst = int(tokens.max()) if int(tokens.max()) >= vocab_size else int(tokens.min())
+        raise ValueError(
+            f"{dataset.prefix} holds token id {worst}, outside the {vocab_size} ids of the model: raise "
+            "model.vocab_size or tokenize the data again."
+        )

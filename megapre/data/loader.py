@@ -1,0 +1,188 @@
+"""Batches of a data-parallel rank, as torch CPU tensors laid out [seq, batch].
+
+Step k holds the samples [k G, (k + 1) G) of the run, G the global batch; microbatch m of rank d of D holds
+k G + (m D + d) b + [0, b). So the samples of a step depend on nothing but k and the job's data settings.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megapre.config.schema import Config
+from megapre.data.samples import Sample, Samples
+
+
+@dataclass
+class Microbatch:
+    """Samples of one forward pass on one rank."""
+
+    tokens: Tensor
+    """int64 [seq, batch]."""
+    targets: Tensor
+    """int64 [seq, batch]."""
+    weights: Tensor
+    """float32 [seq, batch], 1 where the target counts in the loss."""
+    positions: Tensor
+    """int64 [seq, batch]."""
+    segments: Tensor | None
+    """int64 [seq, batch], document number inside the sample; only with ``data.reset_attention``."""
+    samples: Tensor
+    """int64 [batch], number of each sample in the run; -1 for padding of a validation."""
+
+
+@dataclass
+class StepBatch:
+    """One optimizer step of one data-parallel rank."""
+
+    step: int
+    microbatches: list[Microbatch]
+    target_tokens: int
+    """Sum of weights over this rank's microbatches."""
+
+
+class Loader:
+    """Iterates over the batches of a run from ``start_step``, without end, read ahead by one thread.
+
+    ``step_batch(step)`` computes any step directly and is what the thread calls: iterating only adds time.
+    Raises ValueError when ``train.global_batch`` does not divide over the ranks, and for what ``Samples`` refuses.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        vocab_size: int,
+        data_rank: int,
+        data_size: int,
+        split: str = "train",
+        start_step: int = 0,
+    ) -> None:
+        batch, micro = config.train.global_batch, config.train.microbatch
+        if micro < 1 or batch < 1 or batch % (data_size * micro):
+            raise ValueError(
+                f"train.global_batch = {batch} is no multiple of {data_size} data-parallel ranks x "
+                f"train.microbatch = {micro}."
+            )
+        if not 0 <= data_rank < data_size or start_step < 0:
+            raise ValueError(f"rank {data_rank} of {data_size} at step {start_step} does not exist.")
+        self._batch, self._micro = batch, micro
+        self._rank, self._size = data_rank, data_size
+        self._samples = Samples(config, vocab_size=vocab_size, split=split)
+        self._next = start_step
+        self._prefetch = config.data.prefetch
+        self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(max(1, self._prefetch))
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def step_batch(self, step: int) -> StepBatch:
+        """The batch of ``step`` on this rank: a pure function of the step."""
+        microbatches = []
+        for m in range(self._batch // (self._size * self._micro)):
+            first = step * self._batch + (m * self._size + self._rank) * self._micro
+            microbatches.append(_collate([self._samples.sample(first + i) for i in range(self._micro)]))
+        return StepBatch(step, microbatches, _target_tokens(microbatches))
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return self
+
+    def __next__(self) -> StepBatch:
+        if self._closed.is_set():
+            raise StopIteration
+        if self._failure is not None:
+            raise self._failure
+        if self._prefetch < 1:
+            item: StepBatch | BaseException = self.step_batch(self._next)
+        else:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._read, args=(self._next,), name="loader", daemon=True)
+                self._thread.start()
+            item = self._ready.get()
+        if isinstance(item, BaseException):
+            self._failure = item
+            raise item
+        self._next = item.step + 1
+        return item
+
+    def close(self) -> None:
+        """Stop the thread; iterating afterwards ends."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _read(self, step: int) -> None:
+        while not self._closed.is_set():
+            item: StepBatch | BaseException
+            try:
+                item = self.step_batch(step)
+            except BaseException as error:  # handed to the consumer, which raises it
+                item = error
+            while not self._closed.is_set():
+                try:
+                    self._ready.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
+            step += 1
+
+
+def validation(config: Config, *, vocab_size: int, data_rank: int, data_size: int) -> list[Microbatch]:
+    """The first ``train.eval_samples`` samples of the validation split, this rank's share of them.
+
+    The set is the same for any ``data_size``, without repetition; fewer when the split holds fewer. Samples of
+    weight 0 and number -1 fill up the last microbatches, so that all ranks have equally many. No microbatch when
+    ``train.eval_samples`` is 0. Raises ValueError when the split does not hold one sample.
+    """
+    if config.train.eval_samples < 1:
+        return []
+    samples = Samples(config, vocab_size=vocab_size, split="valid")
+    micro = config.train.microbatch
+    numbers = []
+    for number in range(config.train.eval_samples):
+        source, rank = samples.locate(number)
+        if rank < source.order.windows:
+            numbers.append(number)
+    numbers += [-1] * (-len(numbers) % (data_size * micro))
+    mine = []
+    for first in range(data_rank * micro, len(numbers), data_size * micro):
+        mine.append(_collate([_validation_sample(samples, number) for number in numbers[first : first + micro]]))
+    return mine
+
+
+def _validation_sample(samples: Samples, number: int) -> Sample:
+    if number >= 0:
+        return samples.sample(number)
+    filler = samples.sample(0)
+    weights = np.zeros_like(filler.weights)
+    return Sample(-1, filler.inputs, filler.targets, weights, filler.positions, filler.segments)
+
+
+def _collate(samples: Sequence[Sample]) -> Microbatch:
+    segments = [s.segments for s in samples if s.segments is not None]
+    return Microbatch(
+        tokens=_columns([s.inputs for s in samples]),
+        targets=_columns([s.targets for s in samples]),
+        weights=_columns([s.weights for s in samples]),
+        positions=_columns([s.positions for s in samples]),
+        segments=_columns(segments) if segments else None,
+        samples=torch.tensor([s.number for s in samples], dtype=torch.int64),
+    )
+
+
+def _columns(rows: Sequence[np.ndarray]) -> Tensor:
+    """Arrays [seq] as the columns of one contiguous tensor [seq, batch]."""
+    return torch.from_numpy(np.stack(rows, axis=1))
+
+
+def _target_tokens(microbatches: Sequence[Microbatch]) -> int:
+    return sum(int(microbatch.weights.sum(dtype=torch.float64)) for microbatch in microbatches)

@@ -1,0 +1,171 @@
+"""Sample n of a run, as numpy arrays: blend -> order -> tokens -> objective. Imports no torch.
+
+Everything here is a pure function of the job file, the data and n.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megapre.config.schema import Config
+from megapre.data.blend import Blend
+from megapre.data.indexed import IndexedDataset
+from megapre.data.order import SampleOrder, split_documents
+from megapre.objectives.example import Setting
+from megapre.objectives.table import load as load_objective
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample; every array has L elements."""
+
+    number: int
+    inputs: np.ndarray
+    """int64."""
+    targets: np.ndarray
+    """int64."""
+    weights: np.ndarray
+    """float32, 1 where the target counts in the loss."""
+    positions: np.ndarray
+    """int64."""
+    segments: np.ndarray | None
+    """int64, document number inside the sample; only with ``data.reset_attention``."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One path of ``data.paths`` cut to a split."""
+
+    path: str
+    dataset: IndexedDataset
+    order: SampleOrder
+    setting: Setting
+
+
+class Samples:
+    """All samples of one split of a job, by number from 0, without end.
+
+    Raises ValueError when a path cannot be read, the split is too small or an id is not below ``vocab_size``.
+    """
+
+    def __init__(self, config: Config, *, vocab_size: int, split: str = "train") -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split = {split!r} is unknown; the splits are {', '.join(SPLITS)}.")
+        self.length = config.model.sequence
+        self.vocab_size = vocab_size
+        self.data = config.data
+        self._build = load_objective(config.data.objective)
+        datasets = [IndexedDataset(path) for path in config.data.paths]
+        weights = sample_weights(config, datasets)
+        which = SPLITS.index(split)
+        self.sources: list[Source] = []
+        kept = []
+        for number, dataset in enumerate(datasets):
+            lo, hi = split_tokens(dataset, config.data.split)[which]
+            # A source may be too small to validate on; it may not silently vanish from training.
+            if split != "train" and hi - lo < self.length + 1:
+                continue
+            stream = number * len(SPLITS) + which
+            order = SampleOrder(config.data.seed, stream, lo, hi, self.length, f"{dataset.prefix} ({split})")
+            setting = _setting(config, dataset, vocab_size, which)
+            self.sources.append(Source(dataset.prefix, dataset, order, setting))
+            kept.append(weights[number])
+        if not self.sources:
+            raise no_sample(config, split)
+        self.blend = Blend(kept, [source.path for source in self.sources])
+
+    def locate(self, number: int) -> tuple[Source, int]:
+        """Source of sample ``number`` and its rank among that source's samples."""
+        source, rank = self.blend.locate(number)
+        return self.sources[source], rank
+
+    def sample(self, number: int) -> Sample:
+        """Sample ``number``; ValueError on a token id that the model's vocabulary does not have."""
+        source, rank = self.locate(number)
+        spans = source.order.spans(rank)
+        parts = [source.dataset.read(start, stop) for start, stop in spans]
+        stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        self._check_ids(stored, source)
+        inputs, targets, weights = self._build(stored.astype(np.int64), number, source.setting)
+        positions = np.arange(self.length, dtype=np.int64)
+        segments = None
+        if self.data.reset_positions or self.data.reset_attention:
+            starts = self._document_starts(source.dataset, spans)
+            marks = np.zeros(self.length, np.int64)
+            marks[starts] = 1
+            documents = np.cumsum(marks)
+            if self.data.reset_positions:
+                positions -= np.concatenate(([0], starts))[documents]
+            segments = documents if self.data.reset_attention else None
+        return Sample(number, inputs, targets, weights, positions, segments)
+
+    def _document_starts(self, dataset: IndexedDataset, spans: list[tuple[int, int]]) -> np.ndarray:
+        """Places in the sample, from 1 to L - 1, where a document begins."""
+        places, offset = [], 0
+        for start, stop in spans:
+            places.append(dataset.document_starts(start, stop) - start + offset)
+            offset += stop - start
+        # Empty documents begin where the next one does.
+        starts = np.unique(np.concatenate(places))
+        return starts[(starts > 0) & (starts < self.length)]
+
+    def _check_ids(self, tokens: np.ndarray, source: Source) -> None:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"{source.path} holds token id {high if high >= self.vocab_size else low}, outside the "
+                f"{self.vocab_size} ids of the model: raise model.vocab_size or tokenize the data again."
+            )
+
+
+def split_tokens(dataset: IndexedDataset, shares: list[float]) -> list[tuple[int, int]]:
+    """Token ranges of training, validation and test: whole documents, in stored order."""
+    documents = split_documents(dataset.n_documents, [*shares, 0.0, 0.0][: len(SPLITS)])
+    return [(dataset.document_start(first), dataset.document_start(last)) for first, last in documents]
+
+
+def no_sample(config: Config, split: str) -> ValueError:
+    """The error of a split in which no source holds one sample."""
+    return ValueError(
+        f"no path of data.paths has the {config.model.sequence + 1} tokens of one sample in its {split} split: change "
+        f"data.split = {config.data.split}, shorten model.sequence or, for validation, set train.eval_samples = 0."
+    )
+
+
+def sample_weights(config: Config, datasets: list[IndexedDataset]) -> list[float]:
+    """``data.weights``, or the training tokens of each source when it is empty."""
+    weights = config.data.weights
+    if weights and len(weights) != len(datasets):
+        raise ValueError(f"data.weights has {len(weights)} shares for the {len(datasets)} prefixes of data.paths.")
+    if weights:
+        return list(weights)
+    tokens = [split_tokens(dataset, config.data.split)[0] for dataset in datasets]
+    return [float(hi - lo) for lo, hi in tokens]
+
+
+def mask_token(config: Config, dataset: IndexedDataset, vocab_size: int) -> int:
+    """Id that hides a token: the job's, else the tokenizer's, else the last of the vocabulary."""
+    record = dataset.sidecar.tokenizer if dataset.sidecar else None
+    token = config.data.mask_token
+    if token < 0:
+        token = record.mask if record is not None and record.mask is not None else vocab_size - 1
+    if token >= vocab_size:
+        raise ValueError(f"data.mask_token = {token} is not one of the {vocab_size} ids of model.vocab_size.")
+    return token
+
+
+def _setting(config: Config, dataset: IndexedDataset, vocab_size: int, split: int) -> Setting:
+    record = dataset.sidecar.tokenizer if dataset.sidecar else None
+    return Setting(
+        vocab_size=vocab_size,
+        seed=config.data.seed,
+        stream=split,
+        eod=record.eod if record else None,
+        eod_mask_loss=config.data.eod_mask_loss,
+        mask_token=mask_token(config, dataset, vocab_size),
+        mask_probability=config.data.mask_probability,
+    )

@@ -1,0 +1,56 @@
+"""Tokenizers stored as SentencePiece's ``.model`` (arXiv 1808.06226)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import sentencepiece
+
+from megapre.data.sidecar import file_digest
+from megapre.tokenizers.base import find_specials
+
+
+class SentencePieceTokenizer:
+    """Reads a ``.model`` file; ValueError when it cannot."""
+
+    type = "SentencePieceTokenizer"
+
+    def __init__(self, path: str) -> None:
+        if not os.path.isfile(path):
+            raise ValueError(f"data.tokenizer_model = {path!r} does not exist; a SentencePiece .model is needed.")
+        try:
+            self._inner = sentencepiece.SentencePieceProcessor(model_file=path)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"data.tokenizer_model = {path!r} is no SentencePiece model ({error}).") from error
+        self.vocab_size = int(self._inner.vocab_size())
+        specials = find_specials(path, self._lookup)
+        eos = int(self._inner.eos_id())
+        self.eod = eos if eos >= 0 else specials.eod
+        self.mask = specials.mask
+        self.digest = file_digest(path)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without begin or end tokens."""
+        ids: list[int] = self._inner.encode(text, add_bos=False, add_eos=False)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; control tokens appear by name."""
+        parts: list[str] = []
+        run: list[int] = []
+        for token in [int(i) for i in ids]:
+            if self._inner.is_control(token):
+                parts += [self._inner.decode(run), self._inner.id_to_piece(token)]
+                run = []
+            else:
+                run.append(token)
+        return "".join([*parts, self._inner.decode(run)])
+
+    def _lookup(self, name: str) -> int | None:
+        found = int(self._inner.piece_to_id(name))
+        return None if self._inner.is_unknown(found) else found

@@ -1,0 +1,165 @@
+"""Learn a tokenizer from text files. The same input gives the same file, byte for byte.
+
+Every type falls back to bytes, so text survives encoding and decoding, and holds the special tokens
+``<|endoftext|>``, ``<mask>`` and ``<pad>``. One exception: SentencePiece writes spaces as U+2581, so a U+2581 in the
+text comes back as a space.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from megapre.tokenizers.documents import BadLine, chunks, parse
+
+SPECIALS = ("<|endoftext|>", "<mask>", "<pad>")
+TYPES = ("bpe", "unigram", "wordpiece")
+SMALLEST = 256 + len(SPECIALS) + 1
+
+
+def train(
+    inputs: Sequence[str],
+    output: str,
+    *,
+    type: str = "bpe",
+    backend: str = "tokenizers",
+    vocab_size: int = 32_000,
+    key: str = "text",
+    bad: Callable[[BadLine], None] | None = None,
+) -> int:
+    """Learn from the texts of ``inputs`` and write ``output``; the number of ids it holds.
+
+    BPE: arXiv 1508.07909, Unigram: arXiv 1804.10959, WordPiece: arXiv 1609.08144. Each bad line is given to ``bad``.
+    Raises ValueError on a type the backend lacks, a vocabulary below 260 ids or text too small for it.
+    """
+    if type not in TYPES:
+        raise ValueError(f"--type {type} is unknown; the types are {', '.join(TYPES)}.")
+    if vocab_size < SMALLEST:
+        raise ValueError(f"--vocab-size {vocab_size} is below {SMALLEST}, the 256 bytes and the special tokens.")
+    texts = _texts(inputs, key, bad)
+    if backend == "tokenizers":
+        data, size = _train_huggingface(texts, type, vocab_size)
+    elif backend == "sentencepiece" and type != "wordpiece":
+        data, size = _train_sentencepiece(texts, type, vocab_size)
+    else:
+        raise ValueError(f"--backend {backend} does not train --type {type}; tokenizers does.")
+    temporary = f"{output}.tmp-{os.getpid()}"
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, output)
+    return size
+
+
+def _texts(inputs: Sequence[str], key: str, report: Callable[[BadLine], None] | None) -> Iterator[str]:
+    empty = True
+    for chunk in chunks(inputs):
+        documents, bad = parse(chunk, [key])
+        for line in bad:
+            if report is None:
+                raise ValueError(f"{line}.")
+            report(line)
+        for document in documents:
+            empty = empty and not document.texts[0]
+            yield document.texts[0]
+    if empty:
+        raise ValueError(f"--input holds no text to learn from under the key {key!r}.")
+
+
+def _train_huggingface(texts: Iterator[str], type: str, vocab_size: int) -> tuple[bytes, int]:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "special_tokens": list(SPECIALS),
+        "initial_alphabet": alphabet,
+        "show_progress": False,
+    }
+    trainer: Any = None
+    if type == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        trainer = trainers.BpeTrainer(**common)
+    elif type == "wordpiece":
+        # Without a prefix on continuations each byte is one id wherever it stands, and decoding loses nothing.
+        tokenizer = Tokenizer(models.WordPiece(unk_token="<pad>", max_input_chars_per_word=2**31 - 1))
+        trainer = trainers.WordPieceTrainer(continuing_subword_prefix="", **common)
+    else:
+        # The library's Unigram trainer sums in the order of a randomly seeded hash table: no two runs agree.
+        counts = Counter(word for text in texts for word, _ in words.pre_tokenize_str(text))
+        tokenizer = Tokenizer(models.Unigram(_learn_unigram(counts, alphabet, vocab_size)))
+        tokenizer.add_special_tokens(list(SPECIALS))
+    tokenizer.pre_tokenizer = words
+    tokenizer.decoder = decoders.ByteLevel()
+    if trainer is not None:
+        tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str(pretty=True).encode(), tokenizer.get_vocab_size()
+
+
+def _learn_unigram(counts: Counter[str], alphabet: list[str], vocab_size: int) -> list[tuple[str, float]]:
+    """Pieces of byte-level words and their log-probabilities, the special tokens first, by SentencePiece's trainer."""
+    # Counting every byte once puts all 256 into the vocabulary, so no text is out of reach.
+    counts.update(alphabet)
+    rows = (f"{word}\t{count}" for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    learned = _run_sentencepiece(
+        rows,
+        input_format="tsv",
+        model_type="unigram",
+        vocab_size=vocab_size - len(SPECIALS) + 1,
+        character_coverage=1.0,
+        split_by_unicode_script=False,
+        split_by_number=False,
+        bos_id=-1,
+        unk_id=0,
+        eos_id=-1,
+        pad_id=-1,
+    )
+    pieces = [(learned.id_to_piece(i), learned.get_score(i)) for i in range(1, learned.vocab_size())]
+    # The scores of special tokens only keep the search for pieces from ever choosing them.
+    return [(name, -1e4) for name in SPECIALS] + pieces
+
+
+def _train_sentencepiece(texts: Iterator[str], type: str, vocab_size: int) -> tuple[bytes, int]:
+    learned = _run_sentencepiece(
+        (line for text in texts for line in text.split("\n") if line),
+        model_type=type,
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        user_defined_symbols=["\n"],
+        control_symbols=["<mask>"],
+        bos_id=-1,
+        unk_id=0,
+        eos_id=1,
+        pad_id=2,
+        eos_piece=SPECIALS[0],
+        pad_piece=SPECIALS[2],
+    )
+    return learned.serialized_model_proto(), int(learned.vocab_size())
+
+
+def _run_sentencepiece(rows: Iterator[str], **options: Any) -> Any:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=rows,
+            model_writer=model,
+            hard_vocab_limit=False,
+            # Every text must come back as it was.
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 20,
+            num_threads=1,
+            minloglevel=2,
+            **options,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"no --vocab-size {options['vocab_size']} can be learned from this text ({error}).") from error
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
