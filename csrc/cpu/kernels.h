@@ -1,0 +1,53 @@
+// The CPU kernels, one table per instruction set: kernels.cpp and philox.cpp are compiled once for each and picked at
+// run time, so that one build serves every machine. No torch and no C++ library headers on this side: an inline
+// function of the standard library compiled for AVX-512 could be the copy the linker keeps for everyone.
+#pragma once
+#include <stdint.h>
+
+namespace megapre {
+
+// Index of a function pointer pair: activations are fp32 or bf16; statistics and weights are always fp32.
+enum Type { FP32 = 0, BF16 = 1 };
+
+struct Kernels {
+  // Rows [begin, end) of x [rows, width]. statistics: mean then 1/deviation [2, rows], or 1/rms [1, rows].
+  void (*layer_norm_forward[2])(const void* x, const float* weight, const float* bias, void* y, float* statistics,
+                                int64_t rows, int64_t width, float eps, int64_t begin, int64_t end);
+  void (*rms_norm_forward[2])(const void* x, const float* weight, const float* bias, void* y, float* statistics,
+                              int64_t rows, int64_t width, float eps, int64_t begin, int64_t end);
+  // sums [2 or 1, width]: this range's share of the gradients of weight (and bias), overwritten.
+  void (*layer_norm_backward[2])(const void* grad, const void* x, const float* weight, const float* statistics,
+                                 void* grad_x, float* sums, int64_t rows, int64_t width, int64_t begin, int64_t end);
+  void (*rms_norm_backward[2])(const void* grad, const void* x, const float* weight, const float* statistics,
+                               void* grad_x, float* sums, int64_t rows, int64_t width, int64_t begin, int64_t end);
+  // Rows of logits [rows, width] at a distance of `stride`. statistics [3, rows]: max, sum of exp, target's logit.
+  void (*ce_statistics[2])(const void* logits, const int64_t* targets, float* statistics, int64_t rows,
+                           int64_t stride, int64_t valid, int64_t begin, int64_t end);
+  void (*ce_gradient[2])(void* logits, const int64_t* targets, const float* lse, const float* scale, int64_t width,
+                         int64_t stride, int64_t valid, int64_t begin, int64_t end);
+  // Elements or rows [begin, end); SwiGLU rows are [gate, up] of `width` features each.
+  void (*gelu_forward[2])(const void* x, void* y, int64_t begin, int64_t end);
+  void (*gelu_backward[2])(const void* grad, const void* x, void* grad_x, int64_t begin, int64_t end);
+  void (*swiglu_forward[2])(const void* x, void* y, int64_t width, int64_t begin, int64_t end);
+  void (*swiglu_backward[2])(const void* grad, const void* x, void* grad_x, int64_t width, int64_t begin, int64_t end);
+};
+
+struct Random {
+  // Elements [start, start + count) of the N(0, 1) tensor that `words` names.
+  void (*normal)(const uint32_t words[4], int64_t start, int64_t count, float* out);
+  // One row of the keep mask: features [first, first + count) of (site, position, sample).
+  void (*keep_row)(uint32_t key, uint32_t step, uint32_t site, uint32_t position, int64_t sample, int64_t first,
+                   int64_t count, uint32_t threshold, uint8_t* out);
+  void (*dropout_row[2])(uint32_t key, uint32_t step, uint32_t site, uint32_t position, int64_t sample, int64_t count,
+                         uint32_t threshold, float scale, const void* x, void* y);
+  void (*philox)(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
+};
+
+namespace portable { extern const Kernels kernels; extern const Random random; }
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MEGAPRE_X86 1
+namespace avx2 { extern const Kernels kernels; extern const Random random; }
+namespace avx512 { extern const Kernels kernels; extern const Random random; }
+#endif
+
+}  // namespace megapre

@@ -1,0 +1,151 @@
+// One register of floats at a time, through GCC's vector extension: the same source becomes SSE2, AVX2, AVX-512 or
+// NEON. (Wider vectors than the machine's compile too, but are taken apart through memory.)
+// Everything is static, so that each instruction set keeps its own copy.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace megapre {
+namespace MEGAPRE_VARIANT {
+
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+INLINE Floats all(float x) { return Floats{} + x; }
+
+INLINE Floats load(const float* p) {
+  Floats v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE Floats load(const bf16* p) {
+  Halves h;
+  memcpy(&h, p, sizeof h);
+  return (Floats)(__builtin_convertvector(h, Words) << 16);
+}
+
+INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+
+// Round to nearest even; a NaN stays one.
+INLINE void store(bf16* p, Floats v) {
+  Words u = (Words)v;
+  Words rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  Words nan = Words{} + 0x7fc0;
+  Halves h = __builtin_convertvector((Words)(v == v ? rounded : nan), Halves);
+  memcpy(p, &h, sizeof h);
+}
+
+// The first n < LANES elements at p, the other lanes `fill`.
+template <class T>
+INLINE Floats load_part(const T* p, int64_t n, float fill) {
+  T buffer[LANES];
+  memset(buffer, 0, sizeof buffer);
+  memcpy(buffer, p, n * sizeof(T));
+  const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Ints lane;
+  memcpy(&lane, numbers, sizeof lane);
+  return lane < (int32_t)n ? load(buffer) : all(fill);
+}
+
+template <class T>
+INLINE void store_part(T* p, Floats v, int64_t n) {
+  T buffer[LANES];
+  store(buffer, v);
+  memcpy(p, buffer, n * sizeof(T));
+}
+
+// f(vector index base, load, store) over n elements: whole vectors, then one partial vector.
+template <class F>
+INLINE void sweep(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) f(i, LANES);
+  if (i < n) f(i, n - i);
+}
+
+// Sum of f(index, count) over n elements in four independent chains, so that no addition waits for the one before.
+template <class F>
+INLINE Floats accumulate(int64_t n, F f) {
+  Floats a = all(0), b = all(0), c = all(0), d = all(0);
+  int64_t i = 0;
+  for (; i + 4 * LANES <= n; i += 4 * LANES) {
+    a += f(i, LANES);
+    b += f(i + LANES, LANES);
+    c += f(i + 2 * LANES, LANES);
+    d += f(i + 3 * LANES, LANES);
+  }
+  sweep(n - i, [&](int64_t j, int64_t m) { a += f(i + j, m); });
+  return (a + b) + (c + d);
+}
+
+template <class T>
+INLINE Floats read(const T* p, int64_t n, float fill = 0.0f) {
+  return n == LANES ? load(p) : load_part(p, n, fill);
+}
+
+template <class T>
+INLINE void write(T* p, Floats v, int64_t n) {
+  if (n == LANES) store(p, v);
+  else store_part(p, v, n);
+}
+
+INLINE float sum(Floats v) {
+  float lane[LANES];
+  memcpy(lane, &v, sizeof v);
+#pragma GCC unroll 4
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+INLINE float largest(Floats v) {
+  float top = v[0];
+  for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// exp to about 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. Below -87 the result is 0, above 88 infinity, NaN is
+// kept.
+INLINE Floats exponential(Floats x) {
+  const float shift = 12582912.0f;  // 1.5 x 2^23: adding it leaves the nearest integer in the low bits
+  Floats y = x < -87.0f ? all(-87.0f) : x;
+  y = y > 88.0f ? all(88.0f) : y;
+  Floats t = y * 1.44269504088896341f + shift;
+  Floats n = t - shift;
+  Floats r = y - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Floats p = all(1.0f / 720);
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  Ints power = ((Ints)t - (Ints)all(shift) + 127) << 23;
+  p = p * (Floats)power;
+  p = x < -87.0f ? all(0.0f) : p;
+  p = x > 88.0f ? all(__builtin_inff()) : p;
+  return x == x ? p : x;
+}
+
+INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+}  // namespace MEGAPRE_VARIANT
+}  // namespace megapre

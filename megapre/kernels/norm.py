@@ -1,0 +1,110 @@
+"""LayerNorm (arXiv 1607.06450) and RMSNorm (arXiv 1910.07467) over the last dimension.
+
+LayerNorm: y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias. RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight.
+Statistics are fp32 (fp64 for fp64 input) whatever the type of x; y has the type of x.
+
+Every version: x [..., h], weight and bias [h] -> [..., h]; gradients of x, weight and bias through autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megapre.kernels import cuda
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm as the formula is written."""
+    wide = _wide(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * _wide(weight)
+    return (y if bias is None else y + _wide(bias)).to(x.dtype)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm as the formula is written."""
+    wide = _wide(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _wide(weight)).to(x.dtype)
+
+
+def layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm by ``torch.nn.functional.layer_norm``."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm by ``torch.nn.functional.rms_norm``."""
+    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+
+
+def layer_norm_cpp(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm in C++ (``csrc/cpu/kernels.cpp``); CPU, fp32 or bf16."""
+    return _LayerNorm.apply(x, weight, bias, eps)
+
+
+def rms_norm_cpp(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm in C++ (``csrc/cpu/kernels.cpp``); CPU, fp32 or bf16."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def rms_norm_cuda(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm in CUDA (``csrc/cuda/rms_norm.cu``); fp32 or bf16. Not yet executed on a GPU."""
+    return _RMSNormCuda.apply(x, weight, eps)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Saves x and two numbers a row; the weight's gradient is summed in fp32, then cast."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y, statistics = torch.ops.megapre.layer_norm_forward(rows, weight, bias, eps)
+        ctx.save_for_backward(rows, weight, statistics)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+        rows, weight, statistics = ctx.saved_tensors
+        flat = grad.reshape(rows.shape).contiguous()
+        grad_x, sums = torch.ops.megapre.layer_norm_backward(flat, rows, weight, statistics)
+        grad_bias = None if ctx.bias_dtype is None else sums[1].to(ctx.bias_dtype)
+        return grad_x.view(grad.shape), sums[0].to(weight.dtype), grad_bias, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y, statistics = torch.ops.megapre.rms_norm_forward(rows, weight, eps)
+        ctx.save_for_backward(rows, weight, statistics)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+        rows, weight, statistics = ctx.saved_tensors
+        flat = grad.reshape(rows.shape).contiguous()
+        grad_x, sums = torch.ops.megapre.rms_norm_backward(flat, rows, weight, statistics)
+        return grad_x.view(grad.shape), sums[0].to(weight.dtype), None
+
+
+class _RMSNormCuda(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y, rstd = cuda.rms_norm_forward(rows, weight, eps)
+        ctx.save_for_backward(rows, weight, rstd)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+        rows, weight, rstd = ctx.saved_tensors
+        grad_x, grad_weight = cuda.rms_norm_backward(grad.reshape(rows.shape).contiguous(), rows, weight, rstd)
+        return grad_x.view(grad.shape), grad_weight.to(weight.dtype), None

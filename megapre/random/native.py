@@ -1,0 +1,93 @@
+"""The compiled library ``megapre/_C*.so``: loading it, and the fake versions of its ops.
+
+Nothing needs the library: every op it holds has a plain-torch reference, and ``load`` says in one sentence why
+it is not there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@torch.compiler.assume_constant_result  # type: ignore[misc]
+def load() -> str:
+    """Load the C++ ops as ``torch.ops.megapre.*``; returns "" when they are there, else the reason in words."""
+    return _load()
+
+
+@functools.cache
+def _load() -> str:
+    found = sorted(Path(__file__).resolve().parent.parent.glob("_C*.so"))
+    if not found:
+        return "megapre/_C*.so is not built (pip install -e . --no-build-isolation builds it)"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"{found[0].name} does not load: {error}"
+    for name, fake in FAKES.items():
+        torch.library.register_fake(f"megapre::{name}", fake)
+    return ""
+
+
+def _fill(out: Tensor, *_: object) -> None:
+    return None
+
+
+def _keep_mask(key: int, step: int, sites: list[int], positions: Tensor, samples: Tensor, first: int, features: int,
+               probability: float) -> Tensor:
+    return positions.new_empty((len(sites), positions.shape[0], samples.shape[0], features), dtype=torch.bool)
+
+
+def _like_first(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _like_second(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _half_width(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1] // 2))
+
+
+def _layer_forward(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((2, x.shape[0]), dtype=torch.float32)
+
+
+def _rms_forward(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((1, x.shape[0]), dtype=torch.float32)
+
+
+def _layer_backward(grad: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float32)
+
+
+def _rms_backward(grad: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((1, x.shape[1]), dtype=torch.float32)
+
+
+def _ce_statistics(logits: Tensor, *_: object) -> Tensor:
+    return logits.new_empty((3, logits.shape[0]), dtype=torch.float32)
+
+
+FAKES: dict[str, Callable[..., object]] = {
+    "philox_normal_": _fill,
+    "keep_mask": _keep_mask,
+    "dropout": _like_first,
+    "layer_norm_forward": _layer_forward,
+    "layer_norm_backward": _layer_backward,
+    "rms_norm_forward": _rms_forward,
+    "rms_norm_backward": _rms_backward,
+    "gelu_forward": _like_first,
+    "gelu_backward": _like_second,
+    "swiglu_forward": _half_width,
+    "swiglu_backward": _like_second,
+    "cross_entropy_statistics": _ce_statistics,
+    "cross_entropy_gradient_": _fill,
+}
+"""Shapes and dtypes of every op of the library, for fake tensors and torch.compile."""
