@@ -1,0 +1,101 @@
+"""The grid of ranks: pipeline x data x tensor, tensor innermost, built once and passed, never global."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megapre.config.schema import ParallelConfig
+from megapre.parallel.comm import Axis
+
+
+@dataclass(frozen=True)
+class Grid:
+    """This rank's axes.
+
+    Two axes run along the pipeline, one per direction: NCCL would otherwise serialise activations going
+    forward behind gradients going backward.
+    """
+
+    world: Axis
+    """All ranks, on the device."""
+    host: Axis
+    """All ranks, over CPU memory (gloo): agreements and counts that must not wait for the device."""
+    pipeline: Axis
+    """Stages; carries what moves forward."""
+    backward: Axis
+    """The same ranks; carries gradients going backward."""
+    data: Axis
+    """Replicas of the model that read different samples."""
+    tensor: Axis
+    """Ranks that share each layer."""
+    kv: Axis
+    """Neighbours on the tensor axis that hold the same key/value head."""
+    tied: Axis
+    """First and last stage, which both hold tied embeddings; size 1 on the stages between."""
+
+    @property
+    def first_stage(self) -> bool:
+        """Whether this rank's stage holds the embedding."""
+        return self.pipeline.rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank's stage holds the loss."""
+        return self.pipeline.rank == self.pipeline.size - 1
+
+
+AXES = ("world", "host", "pipeline", "backward", "data", "tensor", "kv", "tied")
+
+
+def single() -> Grid:
+    """The grid of one rank: no process group, no communication."""
+    return Grid(*(Axis(name) for name in AXES))
+
+
+def build(parallel: ParallelConfig, device: torch.device, *, kv_copies: int = 1, tied: bool = False) -> Grid:
+    """Create every process group of the grid; all ranks call this together after ``init_process_group``.
+
+    ``kv_copies`` tensor ranks hold each key/value head; ``tied`` asks for the axis of tied embeddings.
+    """
+    shape = (parallel.pipeline, parallel.data, parallel.tensor)
+    size = shape[0] * shape[1] * shape[2]
+    if size == 1:
+        return single()
+    if dist.get_world_size() != size:
+        raise ValueError(
+            f"parallel.pipeline x parallel.data x parallel.tensor = {shape[0]} x {shape[1]} x {shape[2]} = {size} "
+            f"ranks, but {dist.get_world_size()} were launched."
+        )
+    mesh = dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "data", "tensor"))
+    ranks = torch.arange(size).view(shape)
+
+    def own(name: str) -> Axis:
+        group = mesh.get_group(name)
+        return Axis(name, mesh.get_local_rank(name), dist.get_world_size(group), group)
+
+    def lines(name: str, table: torch.Tensor) -> Axis:
+        """One group per row of ``table``; a rank in no row gets an axis of size 1."""
+        if table.shape[1] == 1:
+            return Axis(name)
+        axis = Axis(name)
+        for row in table.tolist():
+            group = dist.new_group(row)
+            if dist.get_rank() in row:
+                axis = Axis(name, row.index(dist.get_rank()), len(row), group)
+        return axis
+
+    stages = ranks.permute(1, 2, 0).reshape(-1, parallel.pipeline)
+    return Grid(
+        world=Axis("world", dist.get_rank(), size, dist.group.WORLD),
+        host=Axis("host", dist.get_rank(), size, dist.new_group(backend="gloo")),
+        pipeline=own("pipeline"),
+        backward=lines("backward", stages),
+        data=own("data"),
+        tensor=own("tensor"),
+        kv=lines("kv", ranks.reshape(-1, kv_copies)),
+        tied=lines("tied", stages[:, [0, -1]] if tied and parallel.pipeline > 1 else ranks.reshape(-1, 1)),
+    )
+

@@ -1,0 +1,138 @@
+"""Layout: parameter -> slot in one flat buffer, cut into buckets, cut into shards. Torch-free arithmetic.
+
+The reduction of gradients, ZeRO, the clipper, the optimizer and the checkpoint all read this one map.
+Slots follow the order in which a backward pass finishes them (last layer first), so that a bucket fills, and
+is reduced, while earlier layers are still at work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from megapre.parallel.placement import Address, TensorSpec
+
+ALIGNMENT = 64
+"""Elements to which buckets' shards are aligned, so that every shard starts on a cache line and a 128-bit word."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One local tensor inside the flat buffer."""
+
+    spec: TensorSpec
+    layer: int
+    """The owning layer (of this rank's) whose backward runs last."""
+    start: int
+    shape: tuple[int, ...]
+    """Local shape, padding included."""
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    """This rank's box of the logical tensor; a prefix of the local tensor, since padding lies at its end."""
+    partial: str
+    """Axis over which the gradient is a partial sum ("" for none)."""
+    primary: bool
+    """Whether this rank speaks for the tensor among the tensor ranks and stages that hold the same box."""
+
+    @property
+    def end(self) -> int:
+        """One past the last element."""
+        return self.start + prod(self.shape)
+
+    def address(self, start: int, end: int, prefix: str = "") -> Address | None:
+        """Address of the elements of this slot inside flat range [start, end); None when there are none."""
+        a, b = max(start, self.start) - self.start, min(end, self.start + prod(self.size)) - self.start
+        if a >= b:
+            return None
+        return Address(prefix + self.spec.name, self.spec.shape, self.offset, self.size, a, b)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A contiguous range of the flat buffer that is reduced at once."""
+
+    start: int
+    end: int
+    slots: tuple[Slot, ...]
+    tied: bool
+    """Holds a tensor that another stage holds too: its gradient is summed over both first."""
+
+    def shard(self, rank: int, size: int) -> tuple[int, int]:
+        """Flat range owned by data rank ``rank`` of ``size``."""
+        part = (self.end - self.start) // size
+        return self.start + rank * part, self.start + (rank + 1) * part
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All slots and buckets of one rank."""
+
+    slots: tuple[Slot, ...]
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def total(self) -> int:
+        """Elements of the flat buffer, padding included."""
+        return self.buckets[-1].end
+
+    @staticmethod
+    def build(
+        specs: Iterable[TensorSpec],
+        layers: Sequence[int],
+        *,
+        tensor_rank: int,
+        tensor_size: int,
+        data_size: int,
+        sequence_parallel: bool,
+        bucket_elements: int,
+    ) -> Layout:
+        """Lay out the tensors that ``layers`` use, for one tensor rank and any data rank."""
+        held = set(layers)
+        groups = _groups([spec for spec in specs if held.intersection(spec.layers)])
+        # Last layer first; inside a layer what another axis must sum first, so that it is one run.
+        groups.sort(key=lambda group: (-_finished(group[0], held), not group[0].partial(sequence_parallel)))
+        slots: list[Slot] = []
+        buckets: list[Bucket] = []
+        opened = position = 0  # flat positions: start of the open bucket, end of the last slot
+        first = 0  # first slot of the open bucket
+        for index, group in enumerate(groups):
+            tied = not held.issuperset(group[0].layers)
+            for spec in group:
+                offset, size = spec.placement.box(spec.shape, tensor_rank, tensor_size)
+                shape = spec.placement.local_shape(spec.shape, tensor_size)
+                primary = tensor_rank % spec.placement.replicas(tensor_size) == 0 and min(spec.layers) in held
+                partial = spec.partial(sequence_parallel)
+                slots.append(Slot(spec, _finished(spec, held), position, shape, offset, size, partial, primary))
+                position = slots[-1].end
+            position = _round_up(position, ALIGNMENT)
+            last = index + 1 == len(groups)
+            # A tensor tied to another stage is alone in its bucket: both stages then reduce and update it alike.
+            alone = tied or (not last and not held.issuperset(groups[index + 1][0].layers))
+            if last or alone or position - opened >= bucket_elements:
+                position = opened + _round_up(position - opened, data_size * ALIGNMENT)
+                buckets.append(Bucket(opened, position, tuple(slots[first:]), tied))
+                opened, first = position, len(slots)
+        return Layout(tuple(slots), tuple(buckets))
+
+
+def _round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+def _finished(spec: TensorSpec, held: set[int]) -> int:
+    """The layer among ``held`` whose backward completes this tensor's gradient."""
+    return min(held.intersection(spec.layers))
+
+
+def _groups(specs: list[TensorSpec]) -> list[list[TensorSpec]]:
+    """Runs of tensors that must lie side by side because one fused matrix is a view of them all."""
+    groups: list[list[TensorSpec]] = []
+    joined = False
+    for spec in specs:
+        if joined:
+            groups[-1].append(spec)
+        else:
+            groups.append([spec])
+        joined = spec.fused
+    return groups

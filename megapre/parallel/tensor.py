@@ -1,0 +1,228 @@
+"""Tensor parallelism: linear layers, embedding and cross-entropy over shards (Megatron-LM, arXiv 1909.08053).
+
+With sequence parallelism (arXiv 2205.05198) an activation between layers is a shard of the sequence, so the
+all-reduce after a row-parallel layer becomes a reduce-scatter, and the column-parallel layer gathers its input.
+Activations are [seq, batch, features]; the sequence is dimension 0 so that both act on contiguous memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megapre.kernels.registry import Kernels
+from megapre.parallel.comm import Axis
+
+
+def gather(x: Tensor, axis: Axis) -> Tensor:
+    """Concatenate the shards of dimension 0."""
+    output = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    axis.all_gather(output, x.contiguous()).wait()
+    return output
+
+
+def scatter_sum(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over the axis and keep this rank's shard of dimension 0."""
+    output = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    axis.reduce_scatter(output, x.contiguous()).wait()
+    return output
+
+
+def accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    """Add ``gradient`` to the parameter's main gradient."""
+    parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
+
+
+def accumulate_product(parameter: Tensor, dy: Tensor, x: Tensor) -> None:
+    """Add dy^T x, summed over all leading dimensions, to the parameter's main gradient."""
+    main = parameter.main_grad  # type: ignore[attr-defined]
+    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    if main.dtype == dy.dtype:
+        main.addmm_(dy.t(), x)
+    else:
+        main.add_(dy.t() @ x)
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """y = x W^T + b with the rows of W sharded; x is replicated, or a sequence shard that is gathered first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sequence: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias, ctx.axis, ctx.sequence = weight, bias, axis, sequence
+        return F.linear(gather(x, axis) if sequence else x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        axis = ctx.axis
+        dy = dy.contiguous()
+        whole = x
+        if ctx.sequence:
+            whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+            gathering = axis.all_gather(whole, x.contiguous())
+        dx = dy @ ctx.weight
+        if ctx.sequence:
+            gathering.wait()
+            out = torch.empty_like(x)
+            summing = axis.reduce_scatter(out, dx)
+        else:
+            out = dx
+            summing = axis.all_reduce(dx)
+        accumulate_product(ctx.weight, dy, whole)  # beside the sum of dx
+        if ctx.bias is not None:
+            accumulate(ctx.bias, dy.flatten(0, -2).sum(0))
+        summing.wait()
+        return out, None, None, None, None
+
+
+class _RowLinear(torch.autograd.Function):
+    """y = sum over ranks of x W^T, then + b, with the columns of W and the features of x sharded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sequence: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias, ctx.axis, ctx.sequence = weight, bias, axis, sequence
+        if axis.size == 1:
+            return F.linear(x, weight, bias)
+        y = F.linear(x, weight)
+        if sequence:
+            y = scatter_sum(y, axis)
+        else:
+            axis.all_reduce(y).wait()
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        dy = dy.contiguous()
+        if ctx.bias is not None:
+            accumulate(ctx.bias, dy.flatten(0, -2).sum(0))
+        if ctx.sequence:
+            dy = gather(dy, ctx.axis)
+        dx = dy @ ctx.weight
+        accumulate_product(ctx.weight, dy, x)
+        return dx, None, None, None, None
+
+
+class Linear(nn.Module):
+    """Linear layer over the tensor axis.
+
+    ``kind`` is ``column`` (output features sharded; input [seq or seq/t, batch, in], output
+    [seq, batch, out/t]) or ``row`` (input features sharded; output [seq or seq/t, batch, out]).
+    """
+
+    def __init__(self, kind: str, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis, sequence: bool) -> None:
+        super().__init__()
+        self.weight, self.bias, self.axis = weight, bias, axis
+        self.sequence = sequence and axis.size > 1
+        self._function = {"column": _ColumnLinear, "row": _RowLinear}[kind]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return self._function.apply(x, self.weight, self.bias, self.axis, self.sequence)
+
+
+class _Sink(torch.autograd.Function):
+    """The parameter itself; its gradient goes to ``main_grad``."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        ctx.parameter = parameter
+        return parameter.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:  # type: ignore[override]
+        accumulate(ctx.parameter, gradient)
+
+
+def sink(parameter: Tensor) -> Tensor:
+    """``parameter`` for use in any operation; autograd then adds its gradient to ``main_grad``."""
+    return _Sink.apply(parameter)
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of a table whose rows are sharded: each rank looks up its own, the axis sums."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, axis: Axis, sequence: bool) -> Tensor:
+        local = ids - axis.rank * weight.shape[0]
+        mine = (local >= 0) & (local < weight.shape[0])
+        local = torch.where(mine, local, 0)
+        ctx.save_for_backward(local, mine)
+        ctx.weight, ctx.axis, ctx.sequence = weight, axis, sequence
+        out = F.embedding(local, weight)
+        if axis.size == 1:
+            return out
+        out = out.masked_fill_(~mine.unsqueeze(-1), 0)
+        if sequence:
+            return scatter_sum(out, axis)
+        axis.all_reduce(out).wait()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        local, mine = ctx.saved_tensors
+        if ctx.sequence:
+            dy = gather(dy, ctx.axis)
+        main = ctx.weight.main_grad
+        rows = dy.to(main.dtype).masked_fill(~mine.unsqueeze(-1), 0)
+        main.index_add_(0, local.flatten(), rows.flatten(0, 1))
+        return None, None, None, None
+
+
+class Embedding(nn.Module):
+    """Vocabulary-parallel embedding: ids int64 [seq, batch] -> [seq or seq/t, batch, hidden]."""
+
+    def __init__(self, weight: nn.Parameter, axis: Axis, sequence: bool) -> None:
+        super().__init__()
+        self.weight, self.axis = weight, axis
+        self.sequence = sequence and axis.size > 1
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look ids up; an id outside the table gives zeros on every rank (the loader refuses such ids)."""
+        return _Embedding.apply(self.weight, ids, self.axis, self.sequence)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Sum over tokens of weight x (logsumexp(logits) - logits[target]), the vocabulary being sharded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, valid: int, axis: Axis, kernels: Kernels
+    ) -> Tensor:
+        local = targets - axis.rank * logits.shape[-1]
+        largest, total, target = kernels.ce_statistics(logits, local, valid)
+        overall = largest.clone()
+        axis.all_reduce(overall, "max").wait()
+        both = torch.stack((total * torch.exp(largest - overall), target))
+        axis.all_reduce(both).wait()
+        lse = overall + torch.log(both[0])
+        ctx.save_for_backward(logits, local, weights, lse)
+        ctx.valid, ctx.kernels = valid, kernels
+        return ((lse - both[1]) * weights).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        logits, local, weights, lse = ctx.saved_tensors
+        # In place: nothing reads the logits again, and they are the largest activation of the model.
+        dlogits = ctx.kernels.ce_gradient_(logits.detach(), local, lse, weights * gradient, ctx.valid)
+        return dlogits, None, None, None, None, None
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, axis: Axis, kernels: Kernels
+) -> Tensor:
+    """Weighted sum of the tokens' cross-entropies, a scalar in fp32 (fp64 under fp64), equal on every rank.
+
+    ``logits`` [..., local vocabulary] are overwritten by their gradient in backward; ``targets`` int64 and
+    ``weights`` have the leading shape. ``vocab_size`` counts real ids: columns beyond it are padding.
+    """
+    width = logits.shape[-1]
+    valid = max(0, min(width, vocab_size - axis.rank * width))
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    flat = logits.reshape(-1, width)
+    return _CrossEntropy.apply(flat, targets.flatten(), weights.flatten().to(wide), valid, axis, kernels)
