@@ -1,0 +1,58 @@
+"""Self-attention over the tensor axis: fused q, k, v projection, positions, scaled dot product, output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megapre.config.schema import ModelConfig
+from megapre.kernels.attention import AttentionDropout
+from megapre.kernels.registry import Kernels
+from megapre.models.context import WEIGHTS, Context, site
+from megapre.models.spec import kv_copies
+from megapre.parallel.comm import Axis
+from megapre.parallel.tensor import Linear
+
+
+class Attention(nn.Module):
+    """Multi-head attention (arXiv 1706.03762) with grouped keys and values (GQA, arXiv 2305.13245).
+
+    Input and output [seq or seq/t, batch, hidden]. Each tensor rank works on its own query heads and on the
+    key/value heads that they read.
+    """
+
+    def __init__(
+        self, model: ModelConfig, layer: int, qkv: Linear, output: Linear, axis: Axis, kernels: Kernels
+    ) -> None:
+        super().__init__()
+        self.qkv, self.output, self.kernels, self.layer = qkv, output, kernels, layer
+        self.causal, self.dropout = model.architecture == "decoder", model.attention_dropout
+        self.head_dim = model.head_dim
+        self.heads = model.heads // axis.size
+        self.kv_heads = model.n_kv_heads * kv_copies(model, axis.size) // axis.size
+        self.first_head = axis.rank * self.heads
+
+    def forward(self, ctx: Context, x: Tensor) -> Tensor:
+        """Attend."""
+        fused = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = fused.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if ctx.rope is not None:
+            q, k = self.kernels.rope(q, *ctx.rope), self.kernels.rope(k, *ctx.rope)
+        offset = 0
+        if ctx.cache is not None:
+            offset = ctx.cache.length
+            if offset:
+                past_k, past_v = ctx.cache.layers[self.layer]
+                k, v = torch.cat((past_k, k)), torch.cat((past_v, v))
+            ctx.cache.layers[self.layer] = (k, v)
+        y = self.kernels.attention(
+            q, k, v, causal=self.causal, segments=ctx.segments, dropout=self._dropout(ctx), offset=offset
+        )
+        return self.output(y.flatten(2))
+
+    def _dropout(self, ctx: Context) -> AttentionDropout | None:
+        if not (ctx.training and self.dropout):
+            return None
+        sites = [site(self.layer, WEIGHTS, self.first_head + head) for head in range(self.heads)]
+        queries = torch.arange(ctx.tokens.shape[0], device=ctx.tokens.device)
+        return AttentionDropout(ctx.seed, ctx.step, sites, queries, ctx.samples, self.dropout)

@@ -1,0 +1,133 @@
+"""From the spec to this rank's layers: views of the flat buffers, wired into modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megapre.config.schema import Config, ModelConfig
+from megapre.data.loader import Microbatch
+from megapre.kernels.registry import Kernels
+from megapre.kernels.rope import tables
+from megapre.models import spec
+from megapre.models.attention import Attention
+from megapre.models.block import Block, EmbeddingLayer, FeedForward, Head, Norm
+from megapre.models.context import Context
+from megapre.parallel.buckets import Buffers
+from megapre.parallel.grid import Grid
+from megapre.parallel.layout import Layout
+from megapre.parallel.tensor import Embedding, Linear
+from megapre.random.philox import normal
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+class Model(nn.Module):
+    """The layers that this rank's stage holds, in order, over its flat buffers."""
+
+    def __init__(self, config: Config, grid: Grid, kernels: Kernels, vocab_size: int, device: torch.device) -> None:
+        super().__init__()
+        self.config, self.grid, self.vocab_size, self.device = config.model, grid, vocab_size, device
+        self.dtype = DTYPES[config.precision.dtype]
+        self.sequence = config.parallel.sequence and grid.tensor.size > 1
+        parallel = config.parallel
+        self.held = spec.stages(config.model, grid.pipeline.size, parallel.layers_per_stage)[grid.pipeline.rank]
+        layout = Layout.build(
+            spec.tensors(config.model, vocab_size, grid.tensor.size),
+            self.held,
+            tensor_rank=grid.tensor.rank,
+            tensor_size=grid.tensor.size,
+            data_size=grid.data.size,
+            sequence_parallel=self.sequence,
+            bucket_elements=parallel.bucket_elements,
+        )
+        self.flat = Buffers(layout, grid, self.dtype, device, parallel.zero)
+        self.layers = nn.ModuleList(_Builder(self, kernels).layer(number) for number in self.held)
+
+    def initialise(self, seed: int) -> None:
+        """Fill this rank's weights; the values do not depend on the layout."""
+        for slot in self.flat.layout.slots:
+            target = self.flat.weights[slot.start : slot.end].view(slot.shape)
+            real = target[tuple(slice(n) for n in slot.size)]
+            if slot.spec.init == "normal":
+                values = normal(seed, slot.spec.name, slot.spec.shape, slot.offset, slot.size)
+                real.copy_(values.mul_(slot.spec.std))
+            else:
+                real.fill_(1.0 if slot.spec.init == "ones" else 0.0)
+
+    def context(self, microbatch: Microbatch, *, seed: int, step: int, training: bool) -> Context:
+        """The context of ``microbatch`` on this rank's device."""
+        m = microbatch
+
+        def place(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        positions = place(m.positions)
+        length = m.tokens.shape[0]
+        shard = length // self.grid.tensor.size if self.sequence else length
+        first = shard * self.grid.tensor.rank if self.sequence else 0
+        rope = None
+        if self.config.positions == "rope":
+            rope = tables(positions, self.config.head_dim, self.config.rope_theta, self.dtype)
+        return Context(
+            tokens=place(m.tokens),
+            targets=place(m.targets),
+            weights=place(m.weights),
+            positions=positions,
+            segments=None if m.segments is None else place(m.segments),
+            samples=place(m.samples),
+            rows=torch.arange(first, first + shard, device=self.device),
+            seed=seed,
+            step=step,
+            training=training,
+            rope=rope,
+        )
+
+    def carry(self, microbatch: int) -> list[Tensor]:
+        """Empty tensors of the shapes that stages exchange for ``microbatch`` samples."""
+        rows = self.config.sequence // (self.grid.tensor.size if self.sequence else 1)
+        return [torch.empty(rows, microbatch, self.config.hidden, dtype=self.dtype, device=self.device)]
+
+
+class _Builder:
+    """Takes the parameters of one layer out of the buffers."""
+
+    def __init__(self, model: Model, kernels: Kernels) -> None:
+        self.config, self.flat, self.kernels = model.config, model.flat, kernels
+        self.axis, self.sequence, self.model = model.grid.tensor, model.sequence, model
+
+    def layer(self, number: int) -> nn.Module:
+        config = self.config
+        if number == 0:
+            learned = config.positions == "learned"
+            positions = self.flat.parameter("embedding.positions.weight") if learned else None
+            return EmbeddingLayer(config, self.embedding(), positions, self.kernels)
+        if number == config.layers + 1:
+            weight = "embedding.tokens.weight" if config.tied_embeddings else "head.output.weight"
+            output = Linear("column", self.flat.parameter(weight), None, self.axis, self.sequence)
+            return Head(self.norm("head.norm"), output)
+        return self.block(config, number, f"blocks.{number - 1}")
+
+    def block(self, config: ModelConfig, number: int, name: str) -> Block:
+        norms = [self.norm(f"{name}.attention_norm")]
+        if not config.parallel_block:
+            norms.append(self.norm(f"{name}.mlp_norm"))
+        qkv = self.linear("column", *(f"{name}.attention.{part}" for part in "qkv"))
+        output = self.linear("row", f"{name}.attention.output")
+        attention = Attention(config, number, qkv, output, self.axis, self.kernels)
+        ups = ("gate", "up") if config.activation == "swiglu" else ("up",)
+        up = self.linear("column", *(f"{name}.mlp.{part}" for part in ups))
+        mlp = FeedForward(config.activation, up, self.linear("row", f"{name}.mlp.down"), self.kernels)
+        return Block(config, number, norms, attention, mlp, self.kernels)
+
+    def embedding(self) -> Embedding:
+        return Embedding(self.flat.parameter("embedding.tokens.weight"), self.axis, self.sequence)
+
+    def norm(self, name: str) -> Norm:
+        bias = self.flat.parameter(f"{name}.bias") if self.config.norm == "layernorm" else None
+        return Norm(self.flat.parameter(f"{name}.weight"), bias, self.config.norm_eps, self.kernels)
+
+    def linear(self, kind: str, *parts: str) -> Linear:
+        weight = self.flat.parameter(*(f"{part}.weight" for part in parts))
+        bias = self.flat.parameter(*(f"{part}.bias" for part in parts)) if self.config.bias else None
+        return Linear(kind, weight, bias, self.axis, self.sequence)

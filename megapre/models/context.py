@@ -1,0 +1,53 @@
+"""What every layer may know of the microbatch it works on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+EMBEDDING, ATTENTION, MLP, WEIGHTS = range(4)
+"""Kinds of dropout site."""
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, by layer, [seq, batch, kv_heads, head_dim]."""
+
+    length: int = 0
+    """Tokens cached before the current forward pass."""
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """One microbatch on its way through the layers of a rank.
+
+    Sequence tensors are [seq, batch] and whole on every tensor rank.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    weights: Tensor
+    positions: Tensor
+    segments: Tensor | None
+    samples: Tensor
+    """int64 [batch]: number of each sample in the run; with the position it keys dropout."""
+    rows: Tensor
+    """int64: places in the sequence of this rank's activations (a shard under sequence parallelism)."""
+    seed: int
+    step: int
+    training: bool
+    loss: Callable[[Tensor, Context], Tensor] | None = None
+    """Turns the head's logits into the scaled loss; None leaves logits."""
+    rope: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines of this microbatch's positions."""
+    cache: KVCache | None = None
+    rms: dict[int, Tensor] | None = None
+    """Filled with the mean square of each block's output, when asked for."""
+
+
+def site(layer: int, kind: int, head: int = 0) -> int:
+    """Number of a place where dropout happens; at most 1,024 heads."""
+    return layer << 12 | head << 2 | kind

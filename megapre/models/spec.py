@@ -1,0 +1,117 @@
+"""Every tensor of a model: name, logical shape, placement, owning layers, initial values. Torch-free.
+
+Layers are numbered along the pipeline: 0 is the embedding, 1..L are the blocks, L+1 is the head (final norm
+and output layer). Initialisation, synchronisation, norm, clip, decay, checkpoint and verify read only this.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+from megapre.config.schema import ModelConfig
+from megapre.parallel.placement import Shard, TensorSpec
+
+
+def tensors(model: ModelConfig, vocab_size: int, tensor_ranks: int = 1) -> list[TensorSpec]:
+    """All logical tensors of ``model``, in layer order; ``fused`` neighbours are adjacent.
+
+    ``vocab_size`` is the number of real token ids; ``tensor_ranks`` decides how key/value heads are replicated.
+    """
+    specs = [
+        TensorSpec(
+            "embedding.tokens.weight", (vocab_size, model.hidden), Shard(0),
+            (0, model.layers + 1) if model.tied_embeddings else (0,), std=model.init_std, decay=True,
+        )
+    ]  # fmt: skip
+    if model.positions == "learned":
+        specs.append(
+            TensorSpec("embedding.positions.weight", (model.sequence, model.hidden), layers=(0,), std=model.init_std)
+        )
+    for layer in range(1, model.layers + 1):
+        specs += _block(model, layer, tensor_ranks)
+    head = model.layers + 1
+    specs += _norm(model, "head.norm", head)
+    if not model.tied_embeddings:
+        shape = (vocab_size, model.hidden)
+        specs.append(TensorSpec("head.output.weight", shape, Shard(0), (head,), std=model.init_std, decay=True))
+    return specs
+
+
+def kv_copies(model: ModelConfig, tensor_ranks: int) -> int:
+    """Tensor ranks that hold each key/value head."""
+    return max(1, tensor_ranks // model.n_kv_heads)
+
+
+def stages(model: ModelConfig, pipeline: int, layers_per_stage: list[int]) -> list[range]:
+    """Layer numbers held by each stage; the first also holds the embedding, the last the head.
+
+    Blocks are spread as evenly as possible when ``layers_per_stage`` is empty; the stages in the middle take
+    the odd ones, since the first and the last have the vocabulary to carry.
+    """
+    counts = layers_per_stage or _spread(model.layers, pipeline)
+    bounds = [1]
+    for count in counts:
+        bounds.append(bounds[-1] + count)
+    bounds[0], bounds[-1] = 0, model.layers + 2
+    return [range(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _spread(layers: int, pipeline: int) -> list[int]:
+    counts = [layers // pipeline] * pipeline
+    middle_first = sorted(range(pipeline), key=lambda stage: (stage in (0, pipeline - 1), stage == pipeline - 1))
+    for stage in middle_first[: layers % pipeline]:
+        counts[stage] += 1
+    return counts
+
+
+def _norm(model: ModelConfig, name: str, layer: int) -> list[TensorSpec]:
+    weight = TensorSpec(f"{name}.weight", (model.hidden,), layers=(layer,), init="ones")
+    if model.norm == "rmsnorm":
+        return [weight]
+    return [weight, TensorSpec(f"{name}.bias", (model.hidden,), layers=(layer,), init="zeros")]
+
+
+def _block(model: ModelConfig, layer: int, tensor_ranks: int) -> list[TensorSpec]:
+    name, hidden, owner = f"blocks.{layer - 1}", model.hidden, (layer,)
+    out_std = model.init_std / math.sqrt(2 * model.layers)
+    q_width, kv_width = model.heads * model.head_dim, model.n_kv_heads * model.head_dim
+    kv = Shard(0, kv_copies(model, tensor_ranks))
+    specs = _norm(model, f"{name}.attention_norm", layer)
+    if not model.parallel_block:
+        specs += _norm(model, f"{name}.mlp_norm", layer)
+    if model.bias:
+        specs += [
+            TensorSpec(f"{name}.attention.output.bias", (hidden,), layers=owner, init="zeros"),
+            TensorSpec(f"{name}.mlp.down.bias", (hidden,), layers=owner, init="zeros"),
+        ]
+
+    def matrices(parts: list[tuple[str, int, Shard]], width: int, std: float) -> list[TensorSpec]:
+        """Weights [out, in] of parts that one fused matrix holds, then their biases."""
+        rows = [
+            TensorSpec(f"{name}.{part}.weight", (rows, width), placement, owner, std=std, decay=True)
+            for part, rows, placement in parts
+        ]
+        biases = [
+            TensorSpec(f"{name}.{part}.bias", (rows,), placement, owner, init="zeros")
+            for part, rows, placement in parts
+            if model.bias
+        ]
+        return _fuse(rows) + _fuse(biases)
+
+    columns = [("attention.q", q_width, Shard(0)), ("attention.k", kv_width, kv), ("attention.v", kv_width, kv)]
+    ups = [("mlp.up", model.n_ffn, Shard(0))]
+    if model.activation == "swiglu":
+        ups.insert(0, ("mlp.gate", model.n_ffn, Shard(0)))
+    return [
+        *specs,
+        *matrices(columns, hidden, model.init_std),
+        *matrices(ups, hidden, model.init_std),
+        TensorSpec(f"{name}.attention.output.weight", (hidden, q_width), Shard(1), owner, std=out_std, decay=True),
+        TensorSpec(f"{name}.mlp.down.weight", (hidden, model.n_ffn), Shard(1), owner, std=out_std, decay=True),
+    ]
+
+
+def _fuse(specs: list[TensorSpec]) -> list[TensorSpec]:
+    return [replace(spec, fused=True) for spec in specs[:-1]] + specs[-1:]

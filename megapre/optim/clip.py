@@ -1,0 +1,36 @@
+"""Global norm of the gradients: every logical element counted once, wherever it is held."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megapre.parallel.buckets import Buffers
+
+
+class GradientNorm:
+    """Euclidean norm over all ranks' complete gradients.
+
+    A rank adds the slice of each bucket that ZeRO-1 would give it, and of those only tensors for which it is
+    the primary holder among tensor ranks and stages; one sum over the world completes the norm.
+    """
+
+    def __init__(self, buffers: Buffers) -> None:
+        self.world = buffers.grid.world
+        data = buffers.grid.data
+        self.pieces: list[Tensor] = []
+        for bucket in buffers.layout.buckets:
+            start, end = bucket.shard(data.rank, data.size)
+            for slot in bucket.slots:
+                a, b = max(start, slot.start), min(end, slot.end)
+                if slot.primary and a < b:
+                    self.pieces.append(buffers.gradients[a:b])
+        self.zero = buffers.gradients.new_zeros(())
+
+    def __call__(self) -> Tensor:
+        """The norm, a 0-d tensor equal on every rank; non-finite when any gradient is."""
+        squares = self.zero.clone()
+        if self.pieces:
+            squares = torch.stack(torch._foreach_norm(self.pieces)).square().sum()
+        self.world.all_reduce(squares).wait()
+        return squares.sqrt()

@@ -1,0 +1,119 @@
+"""One optimizer step: train, verify and the benchmarks all call it.
+
+Nothing in it waits for the host: loss, norm, learning rate, scale and the flag that skips an update with
+non-finite gradients are 0-d device tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megapre.config.schema import Config
+from megapre.data.loader import Microbatch
+from megapre.kernels.registry import Kernels
+from megapre.models.block import mean_square
+from megapre.models.build import Model
+from megapre.models.context import Context
+from megapre.optim.adamw import AdamW
+from megapre.optim.clip import GradientNorm
+from megapre.optim.scaler import LossScale
+from megapre.parallel.pipeline.executor import Executor
+from megapre.parallel.pipeline.schedules import plan
+from megapre.training.loss import Loss
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Device tensors of one step; reading one waits for the step."""
+
+    loss: Tensor
+    """Mean cross-entropy over the global batch's target tokens, on every rank."""
+    grad_norm: Tensor
+    """Global norm before clipping."""
+    skipped: Tensor
+    """1 when a non-finite gradient made the step leave the weights alone."""
+    loss_scale: Tensor
+    rms: Tensor | None
+    """Root mean square of each block's output, when asked for."""
+
+
+class TrainStep:
+    """Forward, backward, reduction, clip and update of one rank's part of a global batch."""
+
+    def __init__(self, config: Config, model: Model, kernels: Kernels) -> None:
+        self.config, self.model, self.kernels, self.grid = config, model, kernels, model.grid
+        self.flat = model.flat
+        self.executor = Executor(list(model.layers), list(model.held), model.grid, model.carry)
+        self.optimizer = AdamW(config.optimizer, model.flat)
+        self.scaler = LossScale(config.precision, model.device)
+        self.norm = GradientNorm(model.flat)
+
+    def __call__(self, microbatches: Sequence[Microbatch], targets: int, step: int, lr: float) -> StepResult:
+        """Run optimizer step ``step`` over ``microbatches``; ``targets`` counts the global batch's target tokens."""
+        loss, rms = self.compute_gradients(microbatches, targets, step)
+        return self.apply_gradients(loss, rms, lr)
+
+    def compute_gradients(
+        self, microbatches: Sequence[Microbatch], targets: int, step: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Fill the main gradients, reduced over every axis and still times the loss scale; returns the loss."""
+        self.flat.start_step()
+        contexts = self._contexts(microbatches, targets, step, self.config.monitor.activation_rms, training=True)
+        schedule = plan(self.config.parallel.schedule, *self._place(), len(contexts))
+        losses = self.executor.run(
+            schedule, contexts, self.config.train.microbatch, layer_done=self.flat.layer_done
+        )
+        self.flat.finish()
+        return self._mean_loss(losses) / self.scaler.value, self._rms(contexts)
+
+    def apply_gradients(self, loss: Tensor, rms: Tensor | None, lr: float) -> StepResult:
+        """Clip and update."""
+        scale = self.scaler.value.clone()
+        norm = self.norm() / scale
+        skip = (~torch.isfinite(norm)).to(torch.float32)
+        clip = self.config.optimizer.clip
+        divisor = scale * torch.clamp(norm / clip, min=1.0) if clip else scale
+        rate = torch.tensor(lr, dtype=norm.dtype).to(norm.device, non_blocking=True)
+        self.optimizer.step(rate, divisor, skip)
+        self.scaler.update(skip)
+        return StepResult(loss, norm, skip, scale, rms)
+
+    def evaluate(self, microbatches: Sequence[Microbatch], targets: int) -> Tensor:
+        """Mean loss over held-out ``microbatches``, dropout off, on every rank."""
+        contexts = self._contexts(microbatches, targets, 0, False, training=False)
+        schedule = plan("forward", *self._place(), len(contexts))
+        return self._mean_loss(self.executor.run(schedule, contexts, self.config.train.microbatch)) / self.scaler.value
+
+    def _place(self) -> tuple[int, int]:
+        return self.grid.pipeline.rank, self.grid.pipeline.size
+
+    def _contexts(
+        self, microbatches: Sequence[Microbatch], targets: int, step: int, rms: bool, *, training: bool
+    ) -> list[Context]:
+        loss = Loss(self.scaler.value / targets, self.model.vocab_size, self.grid.tensor, self.kernels)
+        seed = self.config.train.seed
+        contexts = [self.model.context(m, seed=seed, step=step, training=training) for m in microbatches]
+        for context in contexts:
+            context.loss = loss
+            context.rms = {} if rms else None
+        return contexts
+
+    def _mean_loss(self, losses: list[Tensor]) -> Tensor:
+        """Sum the last stage's losses over the data ranks and tell every rank."""
+        total = torch.stack(losses).sum() if losses else self.norm.zero.clone()
+        if self.grid.tensor.rank:
+            total = torch.zeros_like(total)  # tensor ranks hold equal losses: one speaks
+        self.grid.world.all_reduce(total).wait()
+        return total
+
+    def _rms(self, contexts: list[Context]) -> Tensor | None:
+        if contexts[0].rms is None:
+            return None
+        layers = self.model.config.layers
+        squares = torch.stack([mean_square(layers, c.rms or {}, self.model.device) for c in contexts]).mean(0)
+        self.grid.world.all_reduce(squares).wait()
+        return (squares / (self.grid.tensor.size * self.grid.data.size)).sqrt()

@@ -1,0 +1,224 @@
+"""The loop around step(): data, validation, checkpoints, metrics, an orderly stop.
+
+Metrics are read one step late, so the host prepares the next step while the device finishes this one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapre.checkpoint import store
+from megapre.config.schema import Config
+from megapre.data.loader import Loader, Microbatch, StepBatch
+from megapre.monitor.metrics import Monitor
+from megapre.monitor.throughput import Throughput
+from megapre.optim.schedule import learning_rate
+from megapre.parallel.comm import Axis, Work
+from megapre.training.step import StepResult, TrainStep
+
+DONE, STOPPED = 0, 75
+"""Exit codes: the run is complete; it stopped early with a checkpoint and may be queued again."""
+
+
+class HostSync:
+    """How the ranks agree on a checkpoint, over the host axis."""
+
+    def __init__(self, host: Axis) -> None:
+        self.host = host
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.host.barrier()
+
+    def gather_text(self, text: str) -> list[str]:
+        """Every rank's text on every rank."""
+        return self.host.gather_text(text)
+
+    def broadcast_text(self, text: str | None) -> str:
+        """Rank 0's text on every rank."""
+        return self.host.gather_text(text or "")[0]
+
+
+class Ahead:
+    """The next step's batch, with the ranks' sum of its target tokens and stop requests under way.
+
+    The pipeline's first backward needs the denominator before its last microbatch is loaded, so the sum is made
+    during the step before, on the host.
+    """
+
+    def __init__(self, loader: Loader, host: Axis, replicas: int, stop_requested: Callable[[], bool]) -> None:
+        self.replicas = replicas
+        self.batch: StepBatch = next(loader)
+        self.sums = torch.tensor([self.batch.target_tokens, int(stop_requested())], dtype=torch.int64)
+        self.work: Work = host.all_reduce(self.sums)
+
+    def ready(self) -> tuple[StepBatch, int, bool]:
+        """Batch, target tokens of the global batch, and whether any rank was asked to stop."""
+        self.work.wait()
+        targets, stop = self.sums.tolist()
+        return self.batch, targets // self.replicas, stop > 0
+
+
+class Trainer:
+    """Runs a job from ``start`` (0-based step) to its end."""
+
+    def __init__(
+        self,
+        config: Config,
+        step: TrainStep,
+        loader: Loader,
+        validation: list[Microbatch],
+        monitor: Monitor,
+        throughput: Throughput,
+        stop_requested: Callable[[], bool],
+        start: int,
+    ) -> None:
+        self.config, self.step, self.loader, self.validation = config, step, loader, validation
+        self.monitor, self.throughput, self.stop_requested, self.done = monitor, throughput, stop_requested, start
+        self.grid = step.grid
+        self.host = HostSync(self.grid.host)
+        self.root = Path(config.train.run_dir) / "checkpoints"
+        self.saved = start if start else -1
+        self.evaluated = -1
+        self.held_out = self._count(validation)
+
+    def run(self) -> int:
+        """Train; returns the exit code."""
+        config = self.config
+        ahead = self._ahead() if self.done < config.train.steps else None
+        late: tuple[int, float, StepResult] | None = None
+        code = DONE
+        while ahead is not None:
+            batch, targets, stop = ahead.ready()
+            if stop:
+                code = STOPPED
+                break
+            index, self.done = batch.step, batch.step + 1
+            ahead = self._ahead() if self.done < config.train.steps else None
+            rate = learning_rate(config, index)
+            result = self.step(batch.microbatches, targets, index, rate)
+            if late is not None:
+                self._log(*late)
+            self.throughput.begin()
+            late = (index, rate, result)
+            due_eval, due_save = self._due(config.train.eval_interval), self._due(config.checkpoint.interval)
+            if due_eval or due_save or ahead is None:
+                self._log(*late)
+                late = None
+            if due_eval:
+                self.evaluate()
+            if due_save:
+                self.save()
+        if late is not None:
+            self._log(*late)
+        if code == DONE and self.evaluated != self.done:
+            self.evaluate()
+        if self.saved != self.done:
+            self.save()
+        return code
+
+    def evaluate(self) -> None:
+        """Report the validation loss of the current weights."""
+        self.evaluated = self.done
+        if not self.validation:
+            return
+        with self.throughput.pause():
+            loss = float(self.step.evaluate(self.validation, self.held_out))
+        self.monitor.log(self.done, {"loss": loss, "perplexity": math.exp(min(loss, 700))}, split="validation")
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step and drop old ones."""
+        with self.throughput.pause():
+            path = store.save(
+                self.root, self.done, self.step.optimizer.pieces(share=True), self.state(),
+                rank=self.grid.world.rank, world=self.grid.world.size, sync=self.host,
+            )  # fmt: skip
+            if self.grid.world.rank == 0:
+                keep = self.config.checkpoint
+                store.prune(self.root, keep.keep_last, keep.keep_every, saved=path)
+        self.saved = self.done
+        self.monitor.text(f"saved {path}")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors; the data position is the step alone (order is computed)."""
+        return {
+            "step": self.done,
+            "samples": self.done * self.config.train.global_batch,
+            "loss_scale": self.step.scaler.state(),
+            "optimizer_steps": int(self.step.optimizer.steps),
+            "vocab_size": self.step.model.vocab_size,
+            "job": asdict(self.config),
+        }
+
+    def _ahead(self) -> Ahead:
+        replicas = self.grid.world.size // self.grid.data.size
+        return Ahead(self.loader, self.grid.host, replicas, self.stop_requested)
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and self.done % interval == 0
+
+    def _count(self, microbatches: list[Microbatch]) -> int:
+        """Target tokens of all data ranks' validation samples."""
+        total = torch.tensor([sum(int(m.weights.sum()) for m in microbatches)])
+        self.grid.host.all_reduce(total).wait()
+        return max(1, int(total) * self.grid.data.size // self.grid.world.size)
+
+    def _log(self, index: int, rate: float, result: StepResult) -> None:
+        loss = float(result.loss)  # waits for the step
+        self.throughput.end()
+        if (index + 1) % self.config.monitor.interval and index + 1 != self.config.train.steps:
+            return
+        values = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700)),
+            "lr": rate,
+            "grad_norm": float(result.grad_norm),
+            "loss_scale": float(result.loss_scale),
+            "skipped": float(result.skipped),
+            **self.throughput.rates(),
+            **_by_layer(result.rms),
+        }
+        self.monitor.log(index + 1, values)
+
+
+def _by_layer(rms: Tensor | None) -> dict[str, float]:
+    return {} if rms is None else {f"rms/{layer}": value for layer, value in enumerate(rms.tolist())}
+
+
+def restore(path: Path, config: Config, step: TrainStep) -> dict[str, Any]:
+    """Load a checkpoint of any layout into ``step``; returns its state."""
+    state = store.read_state(path)
+    refuse_changes(state["job"], asdict(config), path)
+    store.load(path, step.optimizer.pieces(share=False))
+    step.optimizer.copy_to_model()
+    step.optimizer.steps.fill_(state["optimizer_steps"])
+    if step.scaler.dynamic:
+        step.scaler.load(state["loss_scale"])
+    return state
+
+
+FIXED = {
+    "model": (),
+    "data": ("paths", "weights", "split", "objective", "mask_probability", "seed"),
+    "train": ("global_batch", "seed"),
+}
+"""What must not change on resume, by table; no names: the whole table."""
+
+
+def refuse_changes(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    """ValueError when a job resumes with another model, batch or data order than its checkpoint's."""
+    for table, keys in FIXED.items():
+        for key in keys or sorted(new[table]):
+            before, after = old.get(table, {}).get(key), new[table][key]
+            if before != after:
+                raise ValueError(
+                    f"{path} was written with {table}.{key} = {before!r}, but the job has {after!r}: set {table}.{key} "
+                    f"back, or start a new run with another train.run_dir."
+                )
