@@ -1,0 +1,139 @@
+"""What verify runs: layouts written as ``TPxPPxDP[+sp][+zero1]``, and small hostile jobs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from megapre.config.schema import Config
+from megapre.data.loader import Microbatch
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layout."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+    zero: int = 0
+
+    @property
+    def world(self) -> int:
+        """Ranks."""
+        return self.tensor * self.pipeline * self.data
+
+    def __str__(self) -> str:
+        name = f"{self.tensor}x{self.pipeline}x{self.data}"
+        return name + ("+sp" if self.sequence else "") + (f"+zero{self.zero}" if self.zero else "")
+
+    def apply(self, config: Config) -> Config:
+        """``config`` on this layout."""
+        parallel = replace(
+            config.parallel, tensor=self.tensor, pipeline=self.pipeline, data=self.data, sequence=self.sequence,
+            zero=self.zero, layers_per_stage=[],
+        )  # fmt: skip
+        return replace(config, parallel=parallel)
+
+
+def parse(text: str) -> Cell:
+    """The cell that ``text`` names; ValueError when it names none."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(\+sp)?(?:\+zero([01]))?", text)
+    if match is None:
+        raise ValueError(f"{text!r} is no layout: write TPxPPxDP[+sp][+zero1], for example 2x2x2+sp+zero1.")
+    tensor, pipeline, data = (int(part) for part in match.group(1, 2, 3))
+    if min(tensor, pipeline, data) < 1:
+        raise ValueError(f"layout {text!r} has an axis of 0 ranks: each of TPxPPxDP is at least 1.")
+    return Cell(tensor, pipeline, data, match.group(4) is not None, int(match.group(5) or 0))
+
+
+def every(ranks: int, sizes: tuple[int, ...] = (1, 2, 4), data: tuple[int, ...] = (1, 2)) -> Iterator[Cell]:
+    """All distinct layouts over these sizes that fit ``ranks``."""
+    for tensor in sizes:
+        for pipeline in sizes:
+            for replicas in data:
+                if tensor * pipeline * replicas > ranks:
+                    continue
+                for sequence in (False, True) if tensor > 1 else (False,):
+                    for zero in (0, 1) if replicas > 1 else (0,):
+                        yield Cell(tensor, pipeline, replicas, sequence, zero)
+
+
+def scaled_down(config: Config) -> tuple[Config, int]:
+    """The job at a size that a laptop proves in seconds, made hostile; returns it with a vocabulary size.
+
+    Layers and vocabulary divide by no axis, there are at least 3 buckets, the batch has several microbatches,
+    and the gradient is clipped. What the job's code path depends on (norm, activation, positions, GQA, biases,
+    tying, dropout, precision, kernels) is kept. Adam's eps is about the size of a gradient element, so that
+    a weight's error measures its gradient's: a small eps would turn rounding noise around 0 into whole steps,
+    and a gradient wrong by a constant factor into the same step.
+    """
+    m = config.model
+    grouped = 4 if m.n_kv_heads == m.heads else (1 if m.n_kv_heads == 1 else 2)
+    model = replace(
+        m, layers=5, hidden=48, heads=4, kv_heads=grouped, ffn_hidden=100, vocab_size=67, sequence=16, init_std=0.15
+    )
+    train = replace(config.train, global_batch=8, microbatch=1, steps=10, device="cpu", threads=1)
+    optimizer = replace(config.optimizer, clip=config.optimizer.clip and 0.5, eps=1e-3)
+    schedule = replace(config.schedule, warmup=2, decay=0)
+    small = replace(config, model=model, train=train, optimizer=optimizer, schedule=schedule)
+    return replace(small, parallel=replace(config.parallel, bucket_elements=20_000)), 67
+
+
+def batches(config: Config, vocab_size: int, steps: int) -> list[list[Microbatch]]:
+    """Made-up global batches, one sample per microbatch, with very uneven numbers of target tokens.
+
+    A pure function of ``data.seed``. With ``data.reset_attention`` samples hold several documents.
+    """
+    generator = torch.Generator().manual_seed(config.data.seed)
+    length = config.model.sequence
+    result = []
+    for step in range(steps):
+        batch = []
+        for index in range(config.train.global_batch):
+            tokens = torch.randint(vocab_size, (length + 1, 1), generator=generator)
+            tokens[0] = vocab_size - 1  # the last real id, beside the padding
+            share = torch.rand((), generator=generator) ** 3
+            weights = (torch.rand(length, 1, generator=generator) < share).float()
+            weights[-1] = 1.0
+            documents = (torch.rand(length, 1, generator=generator) < 0.2).long().cumsum(0)
+            positions = torch.arange(length).unsqueeze(1)
+            if config.data.reset_positions:
+                starts = torch.cat((torch.zeros(1, 1).bool(), documents[1:] != documents[:-1]))
+                positions = positions - torch.where(starts, positions, 0).cummax(0).values
+            batch.append(
+                Microbatch(
+                    tokens[:-1].contiguous(),
+                    tokens[1:].contiguous(),
+                    weights,
+                    positions.contiguous(),
+                    documents if config.data.reset_attention else None,
+                    torch.tensor([step * config.train.global_batch + index]),
+                )
+            )
+        result.append(batch)
+    return result
+
+
+def share(batch: list[Microbatch], rank: int, size: int, microbatch: int) -> list[Microbatch]:
+    """The microbatches of data rank ``rank``, by the loader's rule."""
+    count = len(batch) // (size * microbatch)
+    return [
+        join(batch[(m * size + rank) * microbatch : (m * size + rank + 1) * microbatch]) for m in range(count)
+    ]
+
+
+def join(samples: list[Microbatch]) -> Microbatch:
+    """One microbatch of several samples."""
+
+    def columns(name: str) -> torch.Tensor:
+        return torch.cat([getattr(sample, name) for sample in samples], dim=-1)
+
+    segments = None if samples[0].segments is None else columns("segments")
+    return Microbatch(
+        columns("tokens"), columns("targets"), columns("weights"), columns("positions"), segments, columns("samples")
+    )

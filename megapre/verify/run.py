@@ -1,0 +1,265 @@
+"""Any layout against the oracle, gradient by gradient.
+
+Arm A runs in fp64 with reference kernels: it proves the layout. Arm B runs the job's own number format and
+kernels: its error may be at most twice that of the unsharded run in the same format.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import tempfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megapre.config.check import check
+from megapre.config.schema import Config, KernelsConfig
+from megapre.optim.schedule import learning_rate
+from megapre.parallel.layout import Slot
+from megapre.resilience.connect import connected
+from megapre.resilience.ranks import Ranks
+from megapre.training.engine import Engine, build
+from megapre.verify import oracle
+from megapre.verify.cells import Cell, batches, every, parse, scaled_down, share
+from megapre.verify.instruments import instrumented
+from megapre.verify.pool import RankPool
+
+STEPS = 3
+EXACT = 1e-9
+"""Largest relative error of arm A."""
+ALLOWED = 2.0
+"""Largest error of arm B, in multiples of the unsharded run's."""
+RESOLUTION = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
+"""Unit roundoff: an arm B error below it is that of storing the result, not of computing it."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Errors of one cell: quantity -> ||x - x0|| / max(||x0||, floor)."""
+
+    errors: dict[str, float]
+    kernels: dict[str, str]
+    in_flight: list[int]
+    """Per rank, the most microbatches whose activations were held at once."""
+
+    def worst(self, limits: Callable[[str], float]) -> tuple[str, float, float]:
+        """The quantity furthest beyond (or nearest to) its limit: name, error, limit."""
+        name = max(self.errors, key=lambda key: _ratio(self.errors[key], limits(key)))
+        return name, self.errors[name], limits(name)
+
+
+def _ratio(error: float, limit: float) -> float:
+    return float("inf") if error != error else error / limit
+
+
+def arm_a(config: Config) -> Config:
+    """``config`` in fp64 with reference kernels."""
+    reference = KernelsConfig(**{field.name: "reference" for field in fields(KernelsConfig)})
+    return replace(config, precision=replace(config.precision, dtype="fp64"), kernels=reference)
+
+
+def write_truth(config: Config, vocab_size: int, path: Path) -> None:
+    """Run the oracle on ``config``'s made-up batches and store what it says."""
+    truth = oracle.train(
+        config, vocab_size, batches(config, vocab_size, STEPS), oracle.initial_weights(config, vocab_size)
+    )
+    tensors = {f"gradient/{name}": value.contiguous() for name, value in truth.gradients.items()}
+    tensors |= {f"parameter/{name}": value.contiguous() for name, value in truth.parameters.items()}
+    save_file(tensors, path, metadata={"losses": json.dumps(truth.losses), "norms": json.dumps(truth.norms)})
+
+
+def run_cell(ranks: Ranks, config: Config, vocab_size: int, truth: str, instrument: str = "") -> Report | None:
+    """One rank's part of one cell, on axes as ``instrument`` makes them; rank 0 returns the report."""
+    with connected(config, ranks) as (grid, device), safe_open(truth, framework="pt") as known:
+        grid = instrumented(grid, instrument, config.data.seed)
+        engine = build(config, grid, device, vocab_size)
+        meta = known.metadata()
+        losses, norms = json.loads(meta["losses"]), json.loads(meta["norms"])
+        sums = _Sums()
+        for step, batch in enumerate(batches(config, vocab_size, STEPS)):
+            mine = share(batch, grid.data.rank, grid.data.size, config.train.microbatch)
+            targets = int(sum(float(m.weights.sum()) for m in batch))
+            loss, rms = engine.step.compute_gradients(mine, targets, step)
+            if step == 0:
+                _compare_gradients(engine, known, norms[0], sums)
+            result = engine.step.apply_gradients(loss, rms, learning_rate(config, step))
+            sums.add(f"loss/{step}", float(result.loss) - losses[step], losses[step])
+            sums.add(f"grad_norm/{step}", float(result.grad_norm) - norms[step], norms[step])
+        _compare_parameters(engine, known, config.optimizer.lr, sums)
+        gathered = grid.host.gather_text(json.dumps(sums.values))
+        digests = grid.host.gather_text(json.dumps(_digests(engine)))
+        flights = grid.host.gather_text(str(engine.step.executor.peak_in_flight))
+    errors = _merge([json.loads(text) for text in gathered])
+    errors["replicas"] = _disagreements([json.loads(text) for text in digests])
+    return Report(errors, engine.kernels.chosen, [int(f) for f in flights]) if ranks.rank == 0 else None
+
+
+class _Sums:
+    """Squares of differences, of true values, and of floors, by quantity."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    def add(self, name: str, difference: Tensor | float, truth: Tensor | float, floor: float = 0.0) -> None:
+        squares = [float(torch.as_tensor(x, dtype=torch.float64).square().sum()) for x in (difference, truth)]
+        self.values[name] = [*squares, floor**2]
+
+
+def _compare_gradients(engine: Engine, known: Any, norm: float, sums: _Sums) -> None:
+    """Complete gradients, as far as this rank's optimizer reads them.
+
+    The floor is a millionth of the global norm: some gradients are exactly zero in theory (the bias of keys).
+    """
+    buffers = engine.model.flat
+    for bucket in buffers.layout.buckets:
+        start, end = buffers.shard(bucket)
+        for slot in bucket.slots:
+            address = slot.address(start, end)
+            if address is not None:
+                true = _box(known, f"gradient/{slot.spec.name}", slot).flatten()[address.start : address.end]
+                found = buffers.gradients[slot.start + address.start : slot.start + address.end].double()
+                found = found.cpu() / float(engine.step.scaler.value)
+                sums.add(f"gradient/{slot.spec.name}", found - true, true, 1e-6 * norm)
+            if bool(buffers.gradients[_padding(slot, start, end)].any()):
+                sums.add(f"padding/{slot.spec.name}", 1.0, 0.0, 1.0)
+
+
+def _compare_parameters(engine: Engine, known: Any, lr: float, sums: _Sums) -> None:
+    """The model's weights, every replica. The floor is the length of one Adam step."""
+    buffers = engine.model.flat
+    for slot in buffers.layout.slots:
+        true = _box(known, f"parameter/{slot.spec.name}", slot)
+        local = buffers.weights[slot.start : slot.end].view(slot.shape)
+        found = local[tuple(slice(n) for n in slot.size)].double().cpu()
+        sums.add(f"parameter/{slot.spec.name}", found - true, true, lr * true.numel() ** 0.5)
+        if bool(buffers.weights[_padding(slot, 0, buffers.layout.total)].any()):
+            sums.add(f"padding/{slot.spec.name}", 1.0, 0.0, 1.0)
+
+
+def _box(known: Any, name: str, slot: Slot) -> Tensor:
+    window = tuple(slice(o, o + n) for o, n in zip(slot.offset, slot.size))
+    return known.get_tensor(name)[window]
+
+
+def _padding(slot: Slot, start: int, end: int) -> slice:
+    """Elements of a slot beyond its logical box, inside [start, end)."""
+    used = slot.start + int(torch.tensor(slot.size).prod())
+    return slice(max(start, used), max(start, used, min(end, slot.end)))
+
+
+def _digests(engine: Engine) -> dict[str, int]:
+    """A checksum of every local weight, by tensor and box."""
+    buffers = engine.model.flat
+    return {
+        f"{slot.spec.name}{slot.offset}": zlib.crc32(
+            buffers.weights[slot.start : slot.end].cpu().view(torch.uint8).numpy().tobytes()
+        )
+        for slot in buffers.layout.slots
+    }
+
+
+def _disagreements(digests: list[dict[str, int]]) -> float:
+    """How many boxes are not bitwise equal on all ranks that hold them."""
+    seen: dict[str, set[int]] = {}
+    for rank in digests:
+        for box, digest in rank.items():
+            seen.setdefault(box, set()).add(digest)
+    return float(sum(len(values) > 1 for values in seen.values()))
+
+
+def _merge(ranks: list[dict[str, list[float]]]) -> dict[str, float]:
+    """Relative errors over all ranks' pieces; scalars, which every rank has, by their worst rank."""
+    totals: dict[str, list[float]] = {}
+    worst: dict[str, float] = {}
+    for rank in ranks:
+        for name, (difference, true, floor) in rank.items():
+            total = totals.setdefault(name, [0.0, 0.0, 0.0])
+            total[0], total[1], total[2] = total[0] + difference, total[1] + true, total[2] + floor
+            worst[name] = max(worst.get(name, 0.0), difference / max(true, floor, 1e-300))
+    scalars = ("loss", "grad_norm")
+    return {
+        name: (worst[name] if name.startswith(scalars) else a / max(b, c, 1e-300)) ** 0.5
+        for name, (a, b, c) in totals.items()
+    }
+
+
+class Prover:
+    """Runs cells of one job, computing the oracle and the unsharded baseline once."""
+
+    def __init__(self, config: Config, vocab_size: int, pool: RankPool, folder: Path) -> None:
+        self.config, self.vocab_size, self.pool = config, vocab_size, pool
+        self.truth = str(folder / f"truth-{id(self)}.safetensors")
+        write_truth(config, vocab_size, Path(self.truth))
+        self._baseline: Report | None = None
+
+    def layout(self, cell: Cell, instrument: str = "") -> tuple[Report, tuple[str, float, float]]:
+        """Arm A of ``cell``: its report and its worst quantity with its limit."""
+        report = self._run(arm_a(self.config), cell, instrument)
+        return report, report.worst(lambda name: EXACT)
+
+    def numerics(self, cell: Cell) -> tuple[Report, tuple[str, float, float]]:
+        """Arm B of ``cell``: its report and its worst quantity with its limit."""
+        if self._baseline is None:
+            self._baseline = self._run(self.config, Cell())
+        base = self._baseline.errors
+        report = self._run(self.config, cell)
+        return report, report.worst(lambda name: _limit(name, base, RESOLUTION[self.config.precision.dtype]))
+
+    def _run(self, config: Config, cell: Cell, instrument: str = "") -> Report:
+        checked = check(cell.apply(config), cell.world)
+        return self.pool.run(cell.world, run_cell, checked, self.vocab_size, self.truth, instrument)[0]
+
+
+def _limit(name: str, base: dict[str, float], resolution: float) -> float:
+    """Arm B's limit for one quantity, from the unsharded run's errors.
+
+    One error is one draw of rounding noise and may be small by luck, so a tensor is held to the worst of its
+    kin (the same tensor of every block), and losses and norms to the median error of the gradients, of which
+    they are sums.
+    """
+    if name == "replicas" or name.startswith("padding"):
+        return 0.5
+    kin = [error for key, error in base.items() if _kin(key) == _kin(name)]
+    if name.startswith(("loss", "grad_norm")):
+        kin.append(statistics.median(error for key, error in base.items() if key.startswith("gradient/")))
+    return max(ALLOWED * max(kin), resolution)
+
+
+def _kin(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def main(config: Config, layouts: list[str], ranks: int) -> int:
+    """Prove the job's model, scaled down, on ``layouts`` (or ``all`` that fit ``ranks``); 0 when all agree."""
+    small, vocab_size = scaled_down(config)
+    cells = list(every(ranks)) if layouts == ["all"] else [parse(text) for text in layouts]
+    console = Console()
+    table = Table("layout", "arm", "worst quantity", "error", "limit", "verdict")
+    table.columns[2].overflow = "fold"
+    failures = 0
+    kernels: dict[str, dict[str, str]] = {}
+    with tempfile.TemporaryDirectory() as folder, RankPool(max(ranks, *(c.world for c in cells))) as pool:
+        prover = Prover(small, vocab_size, pool, Path(folder))
+        for cell in cells:
+            for arm, prove in (("A fp64", prover.layout), (f"B {config.precision.dtype}", prover.numerics)):
+                report, (name, error, limit) = prove(cell)
+                kernels[arm] = report.kernels
+                good = error <= limit
+                failures += not good
+                table.add_row(str(cell), arm, name, f"{error:.1e}", f"{limit:.1e}", "ok" if good else "FAILED")
+    console.print(table)
+    for arm, chosen in kernels.items():
+        console.print(f"arm {arm} ran: " + ", ".join(f"{op} {version}" for op, version in chosen.items()))
+    console.print(f"{len(cells)} layouts, {failures} failures")
+    return 1 if failures else 0

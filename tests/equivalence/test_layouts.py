@@ -1,0 +1,93 @@
+"""Every layout that fits 8 ranks computes the oracle's training run: losses, every gradient, norms, weights."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megapre.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig
+from megapre.verify.cells import Cell, every, scaled_down
+from megapre.verify.pool import RankPool
+from megapre.verify.run import Prover
+
+CELLS = list(every(8))
+SEED = random.SystemRandom().randrange(10**6)
+
+GPT = Config(model=ModelConfig(), optimizer=OptimizerConfig(lr=3e-3))
+BERT = Config(
+    model=ModelConfig(architecture="encoder"),
+    data=DataConfig(objective="masked"),
+    optimizer=OptimizerConfig(lr=3e-3),
+    precision=PrecisionConfig(dtype="bf16"),
+)
+LLAMA = Config(
+    model=ModelConfig(
+        norm="rmsnorm", activation="swiglu", positions="rope", heads=4, kv_heads=2, bias=False, tied_embeddings=False,
+        dropout=0.1, attention_dropout=0.1,
+    ),
+    data=DataConfig(reset_positions=True, reset_attention=True),
+    optimizer=OptimizerConfig(lr=3e-3),
+)  # fmt: skip
+PALM = Config(
+    model=ModelConfig(parallel_block=True, activation="swiglu", positions="rope", heads=4, kv_heads=1, bias=True),
+    optimizer=OptimizerConfig(lr=3e-3),
+    precision=PrecisionConfig(dtype="fp16"),
+)
+JOBS = {"gpt": GPT, "bert": BERT, "llama": LLAMA, "palm": PALM}
+
+
+@pytest.fixture(scope="module")
+def provers(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prover]:
+    """One prover per job: oracle and unsharded baseline are computed once."""
+    made: dict[str, Prover] = {}
+
+    def prover(name: str) -> Prover:
+        if name not in made:
+            made[name] = Prover(*scaled_down(JOBS[name]), pool, Path(tmp_path_factory.mktemp(name)))
+        return made[name]
+
+    return prover
+
+
+def drawn(count: int, salt: int) -> list[Cell]:
+    """Cells with at least two axes, drawn from the session's seed."""
+    wide = [cell for cell in CELLS if (cell.tensor > 1) + (cell.pipeline > 1) + (cell.data > 1) >= 2]
+    return random.Random(SEED + salt).sample(wide, count)
+
+
+PAIRS = [(job, cell) for job in ("gpt", "bert") for cell in CELLS]
+PAIRS += [("llama", cell) for cell in drawn(5, 1)] + [("palm", cell) for cell in drawn(5, 2)]
+
+
+@pytest.mark.parametrize(("job", "cell"), PAIRS, ids=[f"{job}-{cell}" for job, cell in PAIRS])
+def test_layout_agrees_with_the_oracle(job: str, cell: Cell, provers: Callable[[str], Prover]) -> None:
+    prover = provers(job)
+    for prove in (prover.layout, prover.numerics):
+        _, (name, error, limit) = prove(cell)
+        where = f"{job} {cell} {prove.__name__}: {name}"
+        assert error <= limit, f"{where} is off by {error:.2e}, limit {limit:.2e}; {SEED=}"
+
+
+@pytest.mark.parametrize("instrument", ["fifo", "delay"])
+@pytest.mark.parametrize("cell", drawn(3, 3), ids=str)
+def test_order_and_timing_of_messages_do_not_matter(
+    cell: Cell, instrument: str, provers: Callable[[str], Prover]
+) -> None:
+    """Under NCCL's strict queues, late results and poison in whatever is read too early."""
+    _, (name, error, limit) = provers("gpt").layout(cell, instrument)
+    assert error <= limit, f"{cell} under {instrument}: {name} is off by {error:.2e}; {SEED=}"
+
+
+def test_executor_holds_what_the_simulator_predicts(provers: Callable[[str], Prover]) -> None:
+    from megapre.parallel.pipeline.schedules import plan
+    from megapre.parallel.pipeline.simulate import simulate
+
+    for cell in (Cell(pipeline=4), Cell(1, 2, 2)):
+        report, _ = provers("gpt").layout(cell)
+        microbatches = provers("gpt").config.train.global_batch // cell.data
+        predicted = simulate([plan("1f1b", s, cell.pipeline, microbatches) for s in range(cell.pipeline)]).in_flight
+        per_stage = [report.in_flight[rank] for rank in range(0, cell.world, cell.world // cell.pipeline)]
+        assert tuple(per_stage) == predicted
