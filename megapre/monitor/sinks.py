@@ -1,0 +1,182 @@
+"""Where metrics go. A sink is a class with ``write``, ``text`` and ``close``; `metrics.Monitor` guards each call."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megapre.config.schema import Config
+
+SHOWN = {
+    # Key -> how the console names and prints it.
+    "loss": "loss {:.4f}",
+    "perplexity": "ppl {:.2f}",
+    "lr": "lr {:.3g}",
+    "grad_norm": "grad-norm {:.3f}",
+    "tokens_per_s": "{:,.0f} tokens/s",
+    "tflops": "{:.3g} TFLOP/s",
+    "mfu": "MFU {:.1%}",
+}
+
+
+class Sink(Protocol):
+    """One destination of metrics."""
+
+    def write(self, step: int, values: Mapping[str, float], split: str) -> None:
+        """Take the metrics of a step."""
+
+    def text(self, line: str) -> None:
+        """Take a line of text."""
+
+    def event(self, name: str, step: int) -> None:
+        """Take something that happened at a step."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+class JsonLines:
+    """``metrics.jsonl``: one object a line, flushed each; a resumed run appends.
+
+    A line is ``{"step", "split", "time", metric: value, ...}`` or ``{"event", "step", "time"}``; values that are
+    not finite are null. Steps after a resume repeat: the last line of a step counts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # Unbuffered: a full disk fails the write itself and leaves nothing to flush later.
+        self._file = open(path, "ab", buffering=0)
+        # A process killed while it wrote left half a line, which would swallow the next.
+        if self._file.tell() and not _ends_in_newline(path):
+            self._put(b"\n")
+
+    def write(self, step: int, values: Mapping[str, float], split: str) -> None:
+        """Append a line of metrics."""
+        finite = {key: float(value) if math.isfinite(value) else None for key, value in values.items()}
+        self._append({"step": step, "split": split, "time": round(time.time(), 3)} | finite)
+
+    def text(self, line: str) -> None:
+        """Text is for people: not kept here."""
+
+    def event(self, name: str, step: int) -> None:
+        """Append a line for an event."""
+        self._append({"event": name, "step": step, "time": round(time.time(), 3)})
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self._put(json.dumps(record).encode() + b"\n")
+
+    def _put(self, line: bytes) -> None:
+        # One write of whole bytes, so that a crash or a second reader sees whole lines.
+        if self._file.write(line) != len(line):
+            raise OSError("the disk took only a part of a line")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Console:
+    """A line of progress: a bar that stays at the bottom of a terminal, plain lines elsewhere."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._last: tuple[int, float] | None = None
+        self._seconds = 0.0
+        self._bar: Any = None
+        self._task: Any = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, auto_refresh=False)
+            self._task = self._bar.add_task("", total=steps)
+            self._bar.start()
+
+    def write(self, step: int, values: Mapping[str, float], split: str) -> None:
+        """Show the metrics of a step."""
+        shown = [form.format(values[key]) for key, form in SHOWN.items() if key in values]
+        if split != "train":
+            self.text(f"{split} at step {step} | " + " | ".join(shown))
+            return
+        eta = self._eta(step)
+        line = " | ".join(shown + ([f"ETA {_clock(eta)}"] if eta is not None else []))
+        if self._bar is None:
+            print(f"step {step}/{self._steps} | {line}", flush=True)
+        else:
+            self._bar.update(self._task, completed=step, description=line, refresh=True)
+
+    def text(self, line: str) -> None:
+        """Show a line, above the bar if there is one."""
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.console.print(line, markup=False, highlight=False)
+
+    def event(self, name: str, step: int) -> None:
+        """Start the clock of the ETA where a run starts."""
+        if name == "start":
+            self._last = (step, time.monotonic())
+
+    def close(self) -> None:
+        """Leave the last state of the bar on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _eta(self, step: int) -> float | None:
+        """Seconds to the end, from a running mean that forgets the first, slow steps."""
+        now = time.monotonic()
+        if self._last is not None and step > self._last[0]:
+            seconds = (now - self._last[1]) / (step - self._last[0])
+            self._seconds = 0.7 * self._seconds + 0.3 * seconds if self._seconds else seconds
+        self._last = (step, now)
+        return self._seconds * (self._steps - step) if self._seconds else None
+
+
+class TensorBoard:
+    """Events under ``RUN_DIR/tensorboard``."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, values: Mapping[str, float], split: str) -> None:
+        """Add one scalar per metric, named ``split/metric``."""
+        for key, value in values.items():
+            self._writer.add_scalar(f"{split}/{key}", value, step)
+
+    def text(self, line: str) -> None:
+        """Text is for the console."""
+
+    def event(self, name: str, step: int) -> None:
+        """Steps after a resume replace those a dead process wrote."""
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+def open_sinks(config: Config, run_dir: Path) -> list[Sink]:
+    """The sinks a job asks for, console first."""
+    sinks: list[Sink] = [Console(config.train.steps), JsonLines(run_dir / "metrics.jsonl")]
+    if config.monitor.tensorboard:
+        sinks.append(TensorBoard(run_dir / "tensorboard"))
+    return sinks
+
+
+def _ends_in_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours}:{minute:02d}:{second:02d}"
+    return f"{hours // 24}d {hours % 24}h"

@@ -1,0 +1,104 @@
+"""The supervisor's thread: ends what is left of a failed attempt, and says once why it failed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from megapre.resilience.worker import Board
+
+GRACE = 5.0
+"""Seconds between the end of one rank and SIGKILL for the others."""
+POLL = 0.2
+
+
+class Watch(threading.Thread):
+    """Looks at the ranks of a `Board` until `finish`.
+
+    The elastic agent sends SIGTERM to the survivors of a failure and SIGKILL 30 s later. SIGTERM means
+    "save and stop" to a rank, which it cannot do without its peers, and nothing to one that has
+    returned, so the survivors get `GRACE` seconds.
+    """
+
+    def __init__(self, board: Board, first_rank: int) -> None:
+        super().__init__(name="rank-watch", daemon=True)
+        self._board = board
+        self._first_rank = first_rank
+        self._finished = threading.Event()
+
+    def run(self) -> None:
+        """Thread body."""
+        while not self._finished.wait(POLL):
+            pids = list(self._board.pids)
+            working = [pid for pid, returned in zip(pids, self._board.returned) if pid and not returned]
+            if any(not alive(pid) for pid in working) or (self._board.refused.value and working):
+                self._end_attempt(pids)
+
+    def finish(self) -> None:
+        """Stop looking and report a failure that has not been reported yet."""
+        self._finished.set()
+        self.join()
+        self._report([pid for pid in self._board.pids])
+
+    def _end_attempt(self, pids: list[int]) -> None:
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline and any(pid and alive(pid) for pid in pids):
+            if self._finished.wait(POLL / 2):
+                return
+        for slot, pid in enumerate(pids):
+            if pid and self._board.pids[slot] == pid and alive(pid):
+                send(pid, signal.SIGKILL)
+                pids[slot] = 0
+                self._board.pids[slot] = 0
+        self._report(pids)
+
+    def _report(self, pids: list[int]) -> None:
+        """Print the oldest error once, under the lowest rank that shares it, and forget this attempt."""
+        silent = []
+        for slot, pid in enumerate(pids):
+            if pid and not self._board.returned[slot] and not alive(pid) and self._board.pids[slot] == pid:
+                self._board.pids[slot] = 0
+                if not (Path(self._board.folder) / f"rank_{self._first_rank + slot}.txt").exists():
+                    silent.append(self._first_rank + slot)
+        for rank in silent:
+            _say(f"megapre: rank {rank} was killed by a signal (the kernel sends one when memory runs out)\n")
+        files = sorted(Path(self._board.folder).glob("rank_*.txt"), key=lambda path: path.stat().st_mtime_ns)
+        texts = {int(path.stem.partition("_")[2]): path.read_text(encoding="utf-8") for path in files}
+        for path in files:
+            path.unlink()
+        # After a kill, the other ranks only report that a peer is gone.
+        if texts and not silent:
+            first = _last_line(next(iter(texts.values())))
+            sharing = [rank for rank, text in texts.items() if _last_line(text) == first]
+            text = texts[min(sharing)]
+            _say(text if text.startswith("megapre: ") else f"megapre: rank {min(sharing)} failed\n{text}")
+
+
+def alive(pid: int) -> bool:
+    """Whether process ``pid`` exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a process that may have ended."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -1,0 +1,122 @@
+"""What the launcher wraps around each rank, and the small shared board between ranks and supervisor."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import megapre
+from megapre.config.check import ConfigError
+
+DONE, FAILED, BAD_JOB, STOPPED = 0, 1, 2, 75
+"""Exit codes: done, failed, refused job, stopped early with a checkpoint (requeue me)."""
+
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Board:
+    """Memory shared by a supervisor and its ranks, of one launch and all its restarts."""
+
+    pids: Any
+    """int64 per local rank: its process id, 0 before it runs."""
+    returned: Any
+    """int8 per local rank: 1 once it has returned its code and waits for the agent to collect it."""
+    stop: Any
+    """int32: number of the stop signal that the supervisor received, else 0."""
+    refused: Any
+    """int32: 1 once a rank has refused the job; a restart would refuse it again."""
+    folder: str
+    """Where each failing rank leaves its traceback as ``rank_R.txt``."""
+
+    @classmethod
+    def create(cls, context: Any, local_world: int, folder: str) -> Board:
+        """An empty board in memory that processes of the ``multiprocessing`` context can share."""
+        return cls(
+            context.RawArray("q", local_world),
+            context.RawArray("b", local_world),
+            context.RawValue("i", 0),
+            context.RawValue("i", 0),
+            folder,
+        )
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error is a sentence of ours for the user rather than a defect.
+
+    True for `ConfigError` and for a plain ValueError raised by megapre's own code; a ValueError out of torch
+    or numpy is a defect and keeps its traceback.
+    """
+    if isinstance(error, ConfigError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    package = Path(megapre.__file__).parent
+    return type(error) is ValueError and bool(frames) and package in Path(frames[-1].filename).parents
+
+
+def run(target: Callable[[list[str]], int], argv: list[str], board: Board) -> int:
+    """Run ``target(argv)`` as one rank and return its exit code; a crash ends the process with code 1.
+
+    The stop signals are blocked on entry (see `launcher`); ``target`` unblocks them by installing a
+    `StopRequest`, and receives then what came before.
+    """
+    rank, slot = os.environ["RANK"], int(os.environ["LOCAL_RANK"])
+    _die_with_supervisor()
+    board.returned[slot] = 0
+    board.pids[slot] = os.getpid()
+    if board.stop.value:
+        os.kill(os.getpid(), board.stop.value)
+    if board.refused.value:
+        return _returned(board, slot, BAD_JOB)
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if restarts and rank == "0":
+        allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "?")
+        print(f"megapre: restart {restarts} of {allowed}", file=sys.stderr, flush=True)
+    try:
+        code = target(argv)
+    except BaseException as error:
+        text = f"megapre: {error}\n" if is_refusal(error) else traceback.format_exc()
+        Path(board.folder, f"rank_{rank}.txt").write_text(text, encoding="utf-8", errors="replace")
+        if is_refusal(error):
+            return _returned(board, slot, BAD_JOB)
+        # Destructors of process groups can wait for peers that are waiting for this one.
+        sys.stdout.flush()
+        os._exit(FAILED)
+    return _returned(board, slot, code)
+
+
+def _returned(board: Board, slot: int, code: int) -> int:
+    if code == BAD_JOB:
+        board.refused.value = 1
+    board.returned[slot] = 1
+    return code
+
+
+def _die_with_supervisor() -> None:
+    """No orphans: end this rank when the fork server or the supervisor is gone, whatever killed it.
+
+    The kernel watches the fork server, our parent. The supervisor is no parent of ours, so a thread watches
+    the pipe that it holds open.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    supervisor = multiprocessing.parent_process()
+    if supervisor is None:
+        return
+    sentinel = supervisor.sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="supervisor-watch", daemon=True).start()
