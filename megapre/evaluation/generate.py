@@ -119,7 +119,8 @@ def main(
     config, engine = open_checkpoint(resolve(Path(checkpoint)))
     if config.model.architecture != "decoder":
         raise ValueError(f"model.architecture = {config.model.architecture!r} cannot generate: only a decoder can.")
-    coder = load_tokenizer(config.data.tokenizer_type, tokenizer or config.data.tokenizer_model)
+    model_file = tokenizer or config.data.tokenizer_model
+    coder = load_tokenizer(config.data.tokenizer_type, model_file, engine.model.vocab_size - 1)  # eod is one more
     ids = coder.encode(prompt) or [coder.eod]
     started = time.monotonic()
     room = max(1, config.model.sequence - len(ids))  # a prompt that is too long is refused below

@@ -32,10 +32,13 @@ class Cell:
         return name + ("+sp" if self.sequence else "") + (f"+zero{self.zero}" if self.zero else "")
 
     def apply(self, config: Config) -> Config:
-        """``config`` on this layout."""
+        """``config`` on this layout; its ``layers_per_stage`` stays where it fits."""
+        split = config.parallel.layers_per_stage
+        if len(split) != self.pipeline or sum(split) != config.model.layers:
+            split = []
         parallel = replace(
             config.parallel, tensor=self.tensor, pipeline=self.pipeline, data=self.data, sequence=self.sequence,
-            zero=self.zero, layers_per_stage=[],
+            zero=self.zero, layers_per_stage=split,
         )  # fmt: skip
         return replace(config, parallel=parallel)
 

@@ -91,8 +91,16 @@ def _gradient(weight: Tensor) -> Tensor:
 
 def loss_sum(config: Config, w: Weights, m: Microbatch, step: int) -> Tensor:
     """Sum over the microbatch's target tokens of their cross-entropy."""
+    scores = logits(config, w, m, _Dropper(config, m, step))
+    losses = F.cross_entropy(scores.flatten(0, 1), m.targets.flatten(), reduction="none")
+    return (losses * m.weights.double().flatten()).sum()
+
+
+def logits(config: Config, w: Weights, m: Microbatch, drop: _Dropper | None = None) -> Tensor:
+    """Scores of every next token, [seq, batch, vocabulary]; without ``drop``, as the trained model gives them."""
     model = config.model
-    drop = _Dropper(config, m, step)
+    if drop is None:
+        drop = _Dropper(config, m, None)
     x = w["embedding.tokens.weight"][m.tokens]  # [seq, batch, hidden]
     if model.positions == "learned":
         x = x + w["embedding.positions.weight"][m.positions]
@@ -101,9 +109,7 @@ def loss_sum(config: Config, w: Weights, m: Microbatch, step: int) -> Tensor:
         x = _block(model, w, f"blocks.{index}", index + 1, x, m, drop)
     x = _norm(model, w, "head.norm", x)
     output = w["embedding.tokens.weight" if model.tied_embeddings else "head.output.weight"]
-    logits = x @ output.T
-    losses = F.cross_entropy(logits.flatten(0, 1), m.targets.flatten(), reduction="none")
-    return (losses * m.weights.double().flatten()).sum()
+    return x @ output.T
 
 
 def _block(
@@ -172,22 +178,22 @@ def _rope(model: ModelConfig, x: Tensor, positions: Tensor) -> Tensor:
 
 
 class _Dropper:
-    """Applies the counter-based masks to unsharded tensors."""
+    """Applies the counter-based masks of ``step`` to unsharded tensors; none when there is no step."""
 
-    def __init__(self, config: Config, m: Microbatch, step: int) -> None:
+    def __init__(self, config: Config, m: Microbatch, step: int | None) -> None:
         self.seed, self.step, self.samples = config.train.seed, step, m.samples
         self.rows = torch.arange(m.tokens.shape[0])
 
     def __call__(self, x: Tensor, probability: float, place: int) -> Tensor:
         """Drop features of [seq, batch, hidden]."""
-        if not probability:
+        if not probability or self.step is None:
             return x
         keep = keep_mask(self.seed, self.step, [place], self.rows, self.samples, 0, x.shape[-1], probability)[0]
         return x * keep / (1 - probability)
 
     def attention(self, x: Tensor, probability: float, layer: int) -> Tensor:
         """Drop weights of [batch, heads, query, key]."""
-        if not probability:
+        if not probability or self.step is None:
             return x
         sites = [site(layer, WEIGHTS, head) for head in range(x.shape[1])]
         keep = keep_mask(self.seed, self.step, sites, self.rows, self.samples, 0, x.shape[-1], probability)

@@ -1,12 +1,15 @@
-"""A small job over a small corpus, and rank functions that run it."""
+"""A small job over a small corpus, a rank function that runs it, and what to read from its folder."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from megapre.checkpoint import store
 from megapre.config.check import check
 from megapre.config.schema import (
     CheckpointConfig,
@@ -18,6 +21,7 @@ from megapre.config.schema import (
 )
 from megapre.data.indexed import IndexedWriter, token_dtype
 from megapre.data.sidecar import TokenizerRecord
+from megapre.parallel.placement import Address
 from megapre.resilience.ranks import Ranks
 from megapre.resilience.signals import StopRequest
 from megapre.train import run as train
@@ -58,3 +62,29 @@ def job(prefix: str, run_dir: Path, cell: Cell, *, steps: int = 12, interval: in
 def run(ranks: Ranks, config: Config) -> int:
     """Train as one rank."""
     return train(config, ranks, StopRequest())
+
+
+def logical(path: Path) -> dict[str, torch.Tensor]:
+    """Every logical tensor of a checkpoint."""
+    found = {}
+    for name, (shape, dtype) in store.names(path).items():
+        flat = torch.full((int(torch.tensor(shape).prod()),), float("nan"), dtype=dtype)
+        store.load(path, [(Address(name, shape, (0,) * len(shape), shape, 0, flat.numel()), flat)])
+        found[name] = flat
+    return found
+
+
+def same(a: Path, b: Path) -> None:
+    """Assert that two checkpoints hold the same bits and the same state."""
+    left, right = logical(a), logical(b)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value.view(torch.uint8), right[name].view(torch.uint8)), name
+    state_a, state_b = store.read_state(a), store.read_state(b)
+    assert {k: v for k, v in state_a.items() if k != "job"} == {k: v for k, v in state_b.items() if k != "job"}
+
+
+def losses(run_dir: Path, split: str = "train") -> dict[int, str]:
+    """Loss by step as hexadecimal floats."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: float(row["loss"]).hex() for row in rows if row.get("split") == split}

@@ -19,8 +19,7 @@ from megapre.training.engine import build
 from megapre.training.trainer import restore
 from megapre.verify.cells import Cell, every
 from megapre.verify.pool import RankPool
-from tests.training.jobs import VOCAB, corpus, job, run
-from tests.training.test_resume import logical
+from tests.training.jobs import VOCAB, corpus, job, logical, run
 
 SEED = random.SystemRandom().randrange(10**6)
 CELLS = list(every(8))

@@ -9,43 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from megapre.checkpoint import store
 from megapre.config.schema import Config
-from megapre.parallel.placement import Address
 from megapre.verify.cells import Cell, parse
 from megapre.verify.pool import RankPool
-from tests.training.jobs import corpus, job, run
+from tests.training.jobs import corpus, job, losses, run, same
 
 STEPS = 12
 SEED = random.SystemRandom().randrange(10**6)
-
-
-def logical(path: Path) -> dict[str, torch.Tensor]:
-    """Every logical tensor of a checkpoint."""
-    found = {}
-    for name, (shape, dtype) in store.names(path).items():
-        flat = torch.full((int(torch.tensor(shape).prod()),), float("nan"), dtype=dtype)
-        store.load(path, [(Address(name, shape, (0,) * len(shape), shape, 0, flat.numel()), flat)])
-        found[name] = flat
-    return found
-
-
-def same(a: Path, b: Path) -> None:
-    """Assert that two checkpoints hold the same bits and the same state."""
-    left, right = logical(a), logical(b)
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert torch.equal(value.view(torch.uint8), right[name].view(torch.uint8)), name
-    state_a, state_b = store.read_state(a), store.read_state(b)
-    assert {k: v for k, v in state_a.items() if k != "job"} == {k: v for k, v in state_b.items() if k != "job"}
-
-
-def losses(run_dir: Path, split: str = "train") -> dict[int, str]:
-    """Loss by step as hexadecimal floats."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: float(row["loss"]).hex() for row in rows if row.get("split") == split}
 
 
 def resumed(config: Config, source: Path, step: int, folder: Path, **train: object) -> Config:

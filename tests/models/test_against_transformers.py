@@ -1,0 +1,111 @@
+"""The oracle itself against Hugging Face's GPT-2 and Llama: the same weights give the same loss and gradients.
+
+Everything else is proven against the oracle, so this is where a shared misunderstanding would show.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from megapre.config.schema import Config, ModelConfig
+from megapre.data.loader import Microbatch
+from megapre.verify import oracle
+
+VOCAB, LENGTH, BATCH = 53, 12, 3
+
+
+def microbatch() -> Microbatch:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(VOCAB, (LENGTH + 1, BATCH), generator=generator)
+    positions = torch.arange(LENGTH).unsqueeze(1).expand(LENGTH, BATCH).contiguous()
+    ones = torch.ones(LENGTH, BATCH)
+    return Microbatch(tokens[:-1], tokens[1:], ones, positions, None, torch.arange(BATCH))
+
+
+def compare(config: Config, theirs: torch.nn.Module, names: dict[str, tuple[str, bool]]) -> None:
+    """``names``: our tensor -> (their parameter, whether theirs is transposed)."""
+    theirs = theirs.double().eval()
+    parameters = dict(theirs.named_parameters())
+    weights = {}
+    for ours, (name, transposed) in names.items():
+        part = slice(None)
+        if "[" in name:
+            name, window = name[:-1].split("[")
+            part = slice(*(int(bound) for bound in window.split(":")))
+        value = parameters[name].detach()
+        weights[ours] = (value.T if transposed else value)[part].clone().requires_grad_()
+    m = microbatch()
+    loss = oracle.loss_sum(config, weights, m, 0) / m.weights.sum()
+    loss.backward()
+    logits = theirs(input_ids=m.tokens.T, use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), m.targets.T.flatten())
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # theirs keeps cos and sin in fp32
+    for ours, (name, transposed) in names.items():
+        part = slice(None)
+        if "[" in name:
+            name, window = name[:-1].split("[")
+            part = slice(*(int(bound) for bound in window.split(":")))
+        gradient = parameters[name].grad
+        assert gradient is not None and weights[ours].grad is not None
+        found = (gradient.T if transposed else gradient)[part]
+        torch.testing.assert_close({ours: weights[ours].grad}, {ours: found}, rtol=1e-5, atol=1e-8)
+
+
+def test_gpt2() -> None:
+    model = ModelConfig(layers=2, hidden=24, heads=4, sequence=LENGTH)
+    torch.manual_seed(1)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=LENGTH, n_embd=24, n_layer=2, n_head=4))
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    names = {
+        "embedding.tokens.weight": ("transformer.wte.weight", False),
+        "embedding.positions.weight": ("transformer.wpe.weight", False),
+        "head.norm.weight": ("transformer.ln_f.weight", False),
+        "head.norm.bias": ("transformer.ln_f.bias", False),
+    }
+    for layer in range(2):
+        ours, their = f"blocks.{layer}", f"transformer.h.{layer}"
+        for kind in ("weight", "bias"):
+            flip = kind == "weight"
+            names[f"{ours}.attention_norm.{kind}"] = (f"{their}.ln_1.{kind}", False)
+            names[f"{ours}.mlp_norm.{kind}"] = (f"{their}.ln_2.{kind}", False)
+            for index, part in enumerate("qkv"):
+                window = f"[{24 * index}:{24 * index + 24}]"
+                names[f"{ours}.attention.{part}.{kind}"] = (f"{their}.attn.c_attn.{kind}{window}", flip)
+            names[f"{ours}.attention.output.{kind}"] = (f"{their}.attn.c_proj.{kind}", flip)
+            names[f"{ours}.mlp.up.{kind}"] = (f"{their}.mlp.c_fc.{kind}", flip)
+            names[f"{ours}.mlp.down.{kind}"] = (f"{their}.mlp.c_proj.{kind}", flip)
+    compare(Config(model=model), theirs, names)
+
+
+def test_llama() -> None:
+    model = ModelConfig(
+        layers=2, hidden=24, heads=4, kv_heads=2, ffn_hidden=40, sequence=LENGTH, norm="rmsnorm", activation="swiglu",
+        positions="rope", bias=False, tied_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(2)
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=LENGTH, rms_norm_eps=1e-5, tie_word_embeddings=False,
+            attn_implementation="eager",
+        )
+    )  # fmt: skip
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    names = {
+        "embedding.tokens.weight": ("model.embed_tokens.weight", False),
+        "head.norm.weight": ("model.norm.weight", False),
+        "head.output.weight": ("lm_head.weight", False),
+    }
+    for layer in range(2):
+        ours, their = f"blocks.{layer}", f"model.layers.{layer}"
+        names[f"{ours}.attention_norm.weight"] = (f"{their}.input_layernorm.weight", False)
+        names[f"{ours}.mlp_norm.weight"] = (f"{their}.post_attention_layernorm.weight", False)
+        for part, name in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("output", "o_proj")):
+            names[f"{ours}.attention.{part}.weight"] = (f"{their}.self_attn.{name}.weight", False)
+        for part in ("gate", "up", "down"):
+            names[f"{ours}.mlp.{part}.weight"] = (f"{their}.mlp.{part}_proj.weight", False)
+    compare(Config(model=model), theirs, names)

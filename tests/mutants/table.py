@@ -1,0 +1,177 @@
+"""Seeded bugs: each re-creates one that a real engine had, and names the test that must notice it.
+
+``exhibit`` refers to the public threads quoted in the note. A mutant that no longer applies fails its test too:
+a mutant that cannot be planted proves nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """Replace ``old`` by ``new`` once in ``file``; ``test`` must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+    note: str
+
+
+LAYOUTS = "tests/equivalence/test_layouts.py::test_layout_agrees_with_the_oracle"
+TIMING = "tests/equivalence/test_layouts.py::test_order_and_timing_of_messages_do_not_matter"
+
+MUTANTS = (
+    Mutant(
+        "norm-gradient-not-summed-over-sequence-shards",
+        "megapre/parallel/placement.py",
+        'return "tensor" if sequence_parallel else ""',
+        'return ""',
+        f"{LAYOUTS}[gpt-2x1x1+sp]",
+        "replicated weights that see a shard of the sequence: Megatron-LM's sequence_parallel attribute was forgotten",
+    ),
+    Mutant(
+        "kv-head-copies-not-summed",
+        "megapre/parallel/placement.py",
+        'return "kv" if self.placement.copies > 1 else ""',
+        'return ""',
+        f"{LAYOUTS}[llama-4x1x2+sp+zero1]",
+        "fewer key/value heads than tensor ranks",
+    ),
+    Mutant(
+        "norm-counts-replicas",
+        "megapre/optim/clip.py",
+        "if slot.primary and a < b:",
+        "if a < b:",
+        f"{LAYOUTS}[gpt-2x1x1]",
+        "Megatron-LM PR #5916: grad-norm off by sqrt(TP)",
+    ),
+    Mutant(
+        "tied-embedding-counted-twice",
+        "megapre/parallel/layout.py",
+        " and min(spec.layers) in held",
+        "",
+        f"{LAYOUTS}[gpt-1x2x1]",
+        "Megatron-LM #7227: tied embedding counted twice in the norm",
+    ),
+    Mutant(
+        "norm-of-this-rank-only",
+        "megapre/optim/clip.py",
+        "self.world.all_reduce(squares).wait()",
+        "pass",
+        f"{LAYOUTS}[gpt-1x2x1]",
+        "torchtune #2420: clip by the local norm",
+    ),
+    Mutant(
+        "tied-gradients-not-exchanged",
+        "megapre/parallel/buckets.py",
+        "self._ties.append(self.grid.tied.all_reduce(self.gradients[bucket.start : bucket.end]))",
+        "pass",
+        f"{LAYOUTS}[gpt-1x2x2+zero1]",
+        "Megatron-LM #844: embedding gradients of first and last stage differ",
+    ),
+    Mutant(
+        "mean-over-data-ranks",
+        "megapre/parallel/buckets.py",
+        "        if not self.zero:\n            return self.grid.data.all_reduce(whole)",
+        "        whole /= self.grid.data.size\n"
+        "        if not self.zero:\n            return self.grid.data.all_reduce(whole)",
+        f"{LAYOUTS}[gpt-1x1x2]",
+        "transformers #34242: a second average over ranks",
+    ),
+    Mutant(
+        "denominator-of-this-rank",
+        "megapre/training/step.py",
+        "self.scaler.value / targets",
+        "self.scaler.value / sum(float(m.weights.sum()) for m in microbatches) / self.grid.data.size",
+        f"{LAYOUTS}[gpt-1x1x2]",
+        "torchtitan #1842, transformers PR #34373: ranks with few tokens are over-weighted",
+    ),
+    Mutant(
+        "gradients-of-the-last-step-stay",
+        "megapre/parallel/buckets.py",
+        "        self.gradients.zero_()\n",
+        "",
+        f"{LAYOUTS}[gpt-1x1x1]",
+        "DeepSpeed PR #7839: zero_grad skipped",
+    ),
+    Mutant(
+        "bucket-reduced-before-the-last-microbatch",
+        "megapre/parallel/pipeline/executor.py",
+        "if self.layer_done and not self.backwards_left:",
+        "if self.layer_done and self.backwards_left == 1:",
+        f"{LAYOUTS}[gpt-1x1x2]",
+        "DeepSpeed PR #7985: the last microbatch's gradient was added after the all-reduce",
+    ),
+    Mutant(
+        "padding-of-the-vocabulary-in-the-softmax",
+        "megapre/parallel/tensor.py",
+        "valid = max(0, min(width, vocab_size - axis.rank * width))",
+        "valid = width",
+        f"{LAYOUTS}[gpt-2x1x1]",
+        "Megatron-LM #1754: vocabulary that TP does not divide",
+    ),
+    Mutant(
+        "bias-added-by-every-tensor-rank",
+        "megapre/parallel/tensor.py",
+        "        y = F.linear(x, weight)\n        if sequence:",
+        "        y = F.linear(x, weight, bias)\n        bias = None\n        if sequence:",
+        f"{LAYOUTS}[gpt-2x1x1]",
+        "row-parallel bias before the reduction: bias x TP",
+    ),
+    Mutant(
+        "dropout-by-local-head",
+        "megapre/models/attention.py",
+        "self.first_head + head",
+        "head",
+        f"{LAYOUTS}[llama-2x1x1]",
+        "the same mask on every tensor rank's heads",
+    ),
+    Mutant(
+        "weights-not-gathered",
+        "megapre/parallel/buckets.py",
+        "        if not self.zero:\n            return\n",
+        "        return\n",
+        f"{LAYOUTS}[gpt-1x1x2+zero1]",
+        "Megatron-LM #663: stale parameters after a sharded step",
+    ),
+    Mutant(
+        "sum-of-input-gradients-not-awaited",
+        "megapre/parallel/tensor.py",
+        "        summing.wait()\n        return out, None",
+        "        return out, None",
+        f"{TIMING}[2x2x2+sp+zero1-fifo]",
+        "DeepSpeed PR #5606: missing wait; gloo alone forgives it",
+    ),
+    Mutant(
+        "activation-freed-before-it-is-sent",
+        "megapre/parallel/pipeline/executor.py",
+        "        for work in works:\n            work.wait()\n"
+        "        for tensor in tensors:\n            tensor.untyped",
+        "        for tensor in tensors:\n            tensor.untyped",
+        f"{TIMING}[2x2x2+sp+zero1-delay]",
+        "Megatron-LM PR #5222: a buffer reused while it is still being sent",
+    ),
+    Mutant(
+        "optimizer-step-count-lost-on-resume",
+        "megapre/training/trainer.py",
+        '    step.optimizer.steps.fill_(state["optimizer_steps"])\n',
+        "",
+        "tests/training/test_resume.py::test_resume_is_bitwise_at_every_step[1x1x1-fp32]",
+        "Automodel #763: optimizer state not loaded, no error",
+    ),
+    Mutant(
+        "samples-by-rank-order",
+        "megapre/data/loader.py",
+        "first = step * self._batch + (m * self._size + self._rank) * self._micro",
+        "first = (step * self._size + self._rank) * self._micro + m",
+        "tests/training/test_resume.py::test_another_data_size_changes_no_global_batch",
+        "the global batch depends on the data-parallel size",
+    ),
+)
+"""Those marked in ``QUICK`` run in `make test`, all of them in the nightly lane."""
+
+QUICK = ("kv-head-copies-not-summed", "sum-of-input-gradients-not-awaited", "denominator-of-this-rank")

@@ -1,0 +1,83 @@
+"""What step() promises besides being right: it never waits for the host, and it leaves .grad alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megapre.config.schema import Config, ModelConfig, MonitorConfig, OptimizerConfig, PrecisionConfig
+from megapre.parallel.grid import single
+from megapre.training.engine import Engine, build
+from megapre.verify.cells import Cell, batches, scaled_down
+
+READS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique_dim", "_unique2", "is_nonzero", "equal"}
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on any operation whose result the host must wait for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in READS, f"{name} waits for the device inside step()"
+        if name == "_to_copy":
+            assert (kwargs or {}).get("device") in (None, torch.device("cpu")), "a copy between devices"
+        return func(*args, **(kwargs or {}))
+
+
+def engine(dtype: str) -> tuple[Config, int, Engine]:
+    job = Config(
+        model=ModelConfig(dropout=0.1, attention_dropout=0.1),
+        optimizer=OptimizerConfig(lr=1e-3),
+        precision=PrecisionConfig(dtype=dtype),
+        monitor=MonitorConfig(activation_rms=True),
+    )
+    config, vocab_size = scaled_down(job)
+    config = Cell().apply(config)
+    return config, vocab_size, build(config, single(), torch.device("cpu"), vocab_size)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_step_never_waits_for_the_host(dtype: str) -> None:
+    config, vocab_size, made = engine(dtype)
+    batch = batches(config, vocab_size, 1)[0]
+    targets = int(sum(float(m.weights.sum()) for m in batch))
+    with NoHostReads():
+        result = made.step(batch, targets, 0, 1e-3)
+    assert float(result.loss) > 0
+    assert all(parameter.grad is None for parameter in made.model.parameters())
+
+
+def test_a_non_finite_gradient_leaves_weights_and_moments_alone() -> None:
+    config, vocab_size, made = engine("fp32")
+    batch = batches(config, vocab_size, 1)[0]
+    before = made.model.flat.weights.clone()
+    loss, rms = made.step.compute_gradients(batch, 100, 0)
+    made.model.flat.gradients[7] = float("nan")
+    result = made.step.apply_gradients(loss, rms, 1e-3)
+    assert float(result.skipped) == 1 and float(made.step.optimizer.steps) == 0
+    assert torch.equal(before, made.model.flat.weights)
+    assert not any(moment.any() for kind in ("exp_avg", "exp_avg_sq") for moment in made.step.optimizer.state[kind])
+
+
+def test_activation_rms_is_reported_by_layer() -> None:
+    config, vocab_size, made = engine("fp32")
+    batch = batches(config, vocab_size, 1)[0]
+    result = made.step(batch, 100, 0, 1e-3)
+    assert result.rms is not None and result.rms.shape == (config.model.layers,)
+    assert bool((result.rms > 0).all())
+
+
+def test_evaluation_does_not_change_training() -> None:
+    """B49: train, evaluate, train equals train, train bitwise, dropout included."""
+    config, vocab_size, _ = engine("fp32")
+    made = [engine("fp32")[2] for _ in range(2)]
+    steps = batches(config, vocab_size, 2)
+    for index, one in enumerate(made):
+        one.step(steps[0], 50, 0, 1e-3)
+        if index:
+            one.step.evaluate(steps[1], 50)
+        one.step(steps[1], 50, 1, 1e-3)
+    assert torch.equal(made[0].model.flat.weights, made[1].model.flat.weights)
