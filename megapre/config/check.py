@@ -24,7 +24,8 @@ CHOICES = {
     "model.positions": ("learned", "rope", "none"),
     "data.tokenizer_type": ("HuggingFaceTokenizer", "SentencePieceTokenizer", "ByteTokenizer", "NullTokenizer"),
     "data.objective": ("causal", "masked"),
-    "parallel.schedule": ("1f1b", "gpipe"),
+    "parallel.schedule": ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"),
+    "parallel.recompute": ("none", "selective", "full"),
     "parallel.zero": (0, 1),
     "schedule.kind": ("cosine", "linear", "constant"),
     "precision.dtype": ("fp32", "bf16", "fp16", "fp64"),
@@ -51,6 +52,8 @@ RANGES = {
     "data.prefetch": COUNT,
     "parallel.tensor": COUNT,
     "parallel.pipeline": COUNT,
+    "parallel.chunks": COUNT,
+    "parallel.recompute_layers": NATURAL,
     "parallel.data": NATURAL,
     "parallel.bucket_elements": COUNT,
     "optimizer.lr": POSITIVE,
@@ -227,22 +230,43 @@ def vocabulary_covers_tensor(config: Config) -> str | None:
 
 def stages_have_blocks(config: Config) -> str | None:
     """Every pipeline stage holds a block; embedding and head share the first and last."""
-    layers, stages = config.model.layers, config.parallel.pipeline
-    if layers < stages:
+    layers, ranks, chunks = config.model.layers, config.parallel.pipeline, config.parallel.chunks
+    if layers < ranks * chunks:
+        stages = f"parallel.pipeline ({ranks})"
+        if chunks > 1:
+            stages = f"parallel.pipeline x parallel.chunks ({ranks} x {chunks})"
+        return f"every pipeline stage needs a block but model.layers ({layers}) is below {stages}: change one of them"
+    return None
+
+
+def schedule_fits(config: Config) -> str | None:
+    """Every schedule has its number of stages a rank; interleaving takes microbatches in groups."""
+    parallel, train = config.parallel, config.train
+    name, chunks = parallel.schedule, parallel.chunks
+    if name == "interleaved" and chunks < 2:
+        return f"parallel.schedule = interleaved needs parallel.chunks of at least 2, not {chunks}"
+    if name == "zb-v" and chunks != 2:
+        return f"parallel.schedule = zb-v needs parallel.chunks = 2, not {chunks}"
+    if name in ("1f1b", "gpipe", "zb-h1") and chunks != 1:
+        return f"parallel.schedule = {name} has one stage per rank: set parallel.chunks to 1, not {chunks}"
+    microbatches = train.global_batch // (train.microbatch * parallel.data)
+    if name == "interleaved" and microbatches % parallel.pipeline:
         return (
-            f"every pipeline stage needs a block but model.layers ({layers}) is below parallel.pipeline ({stages}): "
-            f"change one of them"
+            f"parallel.schedule = interleaved needs microbatches in multiples of parallel.pipeline "
+            f"({parallel.pipeline}), not train.global_batch / (train.microbatch x parallel.data) = {microbatches}"
         )
     return None
 
 
 def layers_per_stage_fit(config: Config) -> str | None:
     """An explicit split names every stage once and every block once."""
-    split, stages, layers = config.parallel.layers_per_stage, config.parallel.pipeline, config.model.layers
+    split, layers = config.parallel.layers_per_stage, config.model.layers
+    stages = config.parallel.pipeline * config.parallel.chunks
     if not split:
         return None
     if len(split) != stages:
-        return f"parallel.layers_per_stage has {len(split)} entries for parallel.pipeline = {stages} stages"
+        made = f"parallel.pipeline = {config.parallel.pipeline} and parallel.chunks = {config.parallel.chunks}"
+        return f"parallel.layers_per_stage has {len(split)} entries, but {made} make {stages} stages"
     if min(split) < 1:
         return f"parallel.layers_per_stage holds {min(split)} but every stage needs at least 1 block"
     if sum(split) != layers:
@@ -350,6 +374,7 @@ RULES = (
     stages_have_blocks,
     layers_per_stage_fit,
     batch_divides,
+    schedule_fits,
     split_sums_to_one,
     weights_match_paths,
     objective_fits_architecture,

@@ -115,9 +115,15 @@ class ParallelConfig:
     zero: int = 0
     """0: optimizer state on every rank; 1: sharded over data-parallel ranks (ZeRO-1, arXiv 1910.02054)."""
     schedule: str = "1f1b"
-    """Pipeline schedule: ``1f1b`` or ``gpipe``."""
+    """Pipeline schedule: ``1f1b``, ``gpipe``, ``interleaved``, ``zb-h1`` or ``zb-v``."""
+    chunks: int = 1
+    """Stages per pipeline rank: at least 2 for ``interleaved``, 2 for ``zb-v``, 1 for the others."""
     layers_per_stage: list[int] = field(default_factory=list)
-    """Blocks on each stage; empty: as even as possible."""
+    """Blocks on each stage, in the order of the model; empty: as even as possible."""
+    recompute: str = "none"
+    """What backward computes again instead of keeping: ``none``, ``selective`` (attention) or ``full`` (blocks)."""
+    recompute_layers: int = 0
+    """First blocks of each stage that recompute applies to; 0: all."""
     bucket_elements: int = 16_777_216
     """Gradient elements per data-parallel reduction."""
 

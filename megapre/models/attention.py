@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megapre.config.schema import ModelConfig
 from megapre.kernels.attention import AttentionDropout
@@ -22,12 +25,19 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, model: ModelConfig, layer: int, qkv: Linear, output: Linear, axis: Axis, kernels: Kernels
+        self,
+        model: ModelConfig,
+        layer: int,
+        qkv: Linear,
+        output: Linear,
+        axis: Axis,
+        kernels: Kernels,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.qkv, self.output, self.kernels, self.layer = qkv, output, kernels, layer
         self.causal, self.dropout = model.architecture == "decoder", model.attention_dropout
-        self.head_dim = model.head_dim
+        self.head_dim, self.recompute = model.head_dim, recompute
         self.heads = model.heads // axis.size
         self.kv_heads = model.n_kv_heads * kv_copies(model, axis.size) // axis.size
         self.first_head = axis.rank * self.heads
@@ -45,9 +55,13 @@ class Attention(nn.Module):
                 past_k, past_v = ctx.cache.layers[self.layer]
                 k, v = torch.cat((past_k, k)), torch.cat((past_v, v))
             ctx.cache.layers[self.layer] = (k, v)
-        y = self.kernels.attention(
-            q, k, v, causal=self.causal, segments=ctx.segments, dropout=self._dropout(ctx), offset=offset
+        core = partial(
+            self.kernels.attention, causal=self.causal, segments=ctx.segments, dropout=self._dropout(ctx), offset=offset
         )
+        if self.recompute and ctx.training:  # dropout is counter-based: there is no generator state to restore
+            y = checkpoint(core, q, k, v, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = core(q, k, v)
         return self.output(y.flatten(2))
 
     def _dropout(self, ctx: Context) -> AttentionDropout | None:

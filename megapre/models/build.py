@@ -16,6 +16,8 @@ from megapre.models.context import Context
 from megapre.parallel.buckets import Buffers
 from megapre.parallel.grid import Grid
 from megapre.parallel.layout import Layout
+from megapre.parallel.pipeline.executor import StageLayers
+from megapre.parallel.pipeline.schedules import stage_owners
 from megapre.parallel.tensor import Embedding, Linear
 from megapre.random.philox import normal
 
@@ -23,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 
 class Model(nn.Module):
-    """The layers that this rank's stage holds, in order, over its flat buffers."""
+    """The stages that this rank holds, over its flat buffers. ``layers`` are all their layers in order."""
 
     def __init__(self, config: Config, grid: Grid, kernels: Kernels, vocab_size: int, device: torch.device) -> None:
         super().__init__()
@@ -31,10 +33,13 @@ class Model(nn.Module):
         self.dtype = DTYPES[config.precision.dtype]
         self.sequence = config.parallel.sequence and grid.tensor.size > 1
         parallel = config.parallel
-        self.held = spec.stages(config.model, grid.pipeline.size, parallel.layers_per_stage)[grid.pipeline.rank]
+        owners = stage_owners(parallel)
+        self.stage_count = len(owners)
+        ranges = spec.stages(config.model, len(owners), parallel.layers_per_stage)
+        mine = {stage: ranges[stage] for stage, owner in enumerate(owners) if owner == grid.pipeline.rank}
         layout = Layout.build(
             spec.tensors(config.model, vocab_size, grid.tensor.size),
-            self.held,
+            [number for stage in mine.values() for number in stage],
             tensor_rank=grid.tensor.rank,
             tensor_size=grid.tensor.size,
             data_size=grid.data.size,
@@ -42,7 +47,9 @@ class Model(nn.Module):
             bucket_elements=parallel.bucket_elements,
         )
         self.flat = Buffers(layout, grid, self.dtype, device, parallel.zero)
-        self.layers = nn.ModuleList(_Builder(self, kernels).layer(number) for number in self.held)
+        builder = _Builder(self, kernels, parallel.recompute, parallel.recompute_layers)
+        self.stages = {stage: builder.stage(numbers) for stage, numbers in mine.items()}
+        self.layers = nn.ModuleList(layer for stage in self.stages.values() for layer in stage.layers)  # type: ignore[misc]
 
     def initialise(self, seed: int) -> None:
         """Fill this rank's weights; the values do not depend on the layout."""
@@ -92,11 +99,18 @@ class Model(nn.Module):
 class _Builder:
     """Takes the parameters of one layer out of the buffers."""
 
-    def __init__(self, model: Model, kernels: Kernels) -> None:
+    def __init__(self, model: Model, kernels: Kernels, recompute: str, recompute_layers: int) -> None:
         self.config, self.flat, self.kernels = model.config, model.flat, kernels
-        self.axis, self.sequence, self.model = model.grid.tensor, model.sequence, model
+        self.axis, self.sequence = model.grid.tensor, model.sequence
+        self.recompute, self.recompute_layers = recompute, recompute_layers
 
-    def layer(self, number: int) -> nn.Module:
+    def stage(self, numbers: range) -> StageLayers:
+        blocks = [number for number in numbers if 1 <= number <= self.config.layers]
+        chosen = frozenset(blocks[: self.recompute_layers or None])
+        layers = [self.layer(number, self.recompute == "selective" and number in chosen) for number in numbers]
+        return StageLayers(numbers, layers, chosen if self.recompute == "full" else frozenset())
+
+    def layer(self, number: int, recompute_attention: bool) -> nn.Module:
         config = self.config
         if number == 0:
             learned = config.positions == "learned"
@@ -106,15 +120,15 @@ class _Builder:
             weight = "embedding.tokens.weight" if config.tied_embeddings else "head.output.weight"
             output = Linear("column", self.flat.parameter(weight), None, self.axis, self.sequence)
             return Head(self.norm("head.norm"), output)
-        return self.block(config, number, f"blocks.{number - 1}")
+        return self.block(config, number, f"blocks.{number - 1}", recompute_attention)
 
-    def block(self, config: ModelConfig, number: int, name: str) -> Block:
+    def block(self, config: ModelConfig, number: int, name: str, recompute_attention: bool) -> Block:
         norms = [self.norm(f"{name}.attention_norm")]
         if not config.parallel_block:
             norms.append(self.norm(f"{name}.mlp_norm"))
         qkv = self.linear("column", *(f"{name}.attention.{part}" for part in "qkv"))
         output = self.linear("row", f"{name}.attention.output")
-        attention = Attention(config, number, qkv, output, self.axis, self.kernels)
+        attention = Attention(config, number, qkv, output, self.axis, self.kernels, recompute_attention)
         ups = ("gate", "up") if config.activation == "swiglu" else ("up",)
         up = self.linear("column", *(f"{name}.mlp.{part}" for part in ups))
         mlp = FeedForward(config.activation, up, self.linear("row", f"{name}.mlp.down"), self.kernels)

@@ -44,13 +44,13 @@ def kv_copies(model: ModelConfig, tensor_ranks: int) -> int:
     return max(1, tensor_ranks // model.n_kv_heads)
 
 
-def stages(model: ModelConfig, pipeline: int, layers_per_stage: list[int]) -> list[range]:
-    """Layer numbers held by each stage; the first also holds the embedding, the last the head.
+def stages(model: ModelConfig, count: int, layers_per_stage: list[int]) -> list[range]:
+    """Layer numbers of each of ``count`` stages; the first also holds the embedding, the last the head.
 
     Blocks are spread as evenly as possible when ``layers_per_stage`` is empty; the stages in the middle take
     the odd ones, since the first and the last have the vocabulary to carry.
     """
-    counts = layers_per_stage or _spread(model.layers, pipeline)
+    counts = layers_per_stage or _spread(model.layers, count)
     bounds = [1]
     for count in counts:
         bounds.append(bounds[-1] + count)
@@ -58,10 +58,10 @@ def stages(model: ModelConfig, pipeline: int, layers_per_stage: list[int]) -> li
     return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
-def _spread(layers: int, pipeline: int) -> list[int]:
-    counts = [layers // pipeline] * pipeline
-    middle_first = sorted(range(pipeline), key=lambda stage: (stage in (0, pipeline - 1), stage == pipeline - 1))
-    for stage in middle_first[: layers % pipeline]:
+def _spread(layers: int, count: int) -> list[int]:
+    counts = [layers // count] * count
+    middle_first = sorted(range(count), key=lambda stage: (stage in (0, count - 1), stage == count - 1))
+    for stage in middle_first[: layers % count]:
         counts[stage] += 1
     return counts
 

@@ -15,18 +15,21 @@ from torch import nn
 from megapre.parallel.comm import Axis, Work
 from megapre.parallel.grid import Grid
 from megapre.parallel.layout import Bucket, Layout, Slot
+from megapre.parallel.weight_queue import WeightQueue
 
 
 class Buffers:
     """Parameters and gradients of one rank, in the order of ``layout``.
 
-    ``parameters`` are views of ``weights`` with an attribute ``main_grad``, a view of ``gradients``.
+    Parameters are views of ``weights`` with an attribute ``main_grad``, a view of ``gradients``, and ``queue``, where
+    linear layers hand in the products that make up their weight gradients.
     """
 
     def __init__(self, layout: Layout, grid: Grid, dtype: torch.dtype, device: torch.device, zero: int) -> None:
         self.layout, self.grid, self.zero = layout, grid, zero
         self.weights = torch.zeros(layout.total, dtype=dtype, device=device)
         self.gradients = torch.zeros(layout.total, dtype=gradient_dtype(dtype), device=device)
+        self.queue = WeightQueue()
         self.slots = {slot.spec.name: slot for slot in layout.slots}
         self._waiting: dict[int, set[int]] = {}
         self._sums: list[Work] = []
@@ -41,6 +44,7 @@ class Buffers:
         shape = (sum(slot.shape[0] for slot in slots), *slots[0].shape[1:])
         parameter = nn.Parameter(self.weights[start:end].view(shape))
         parameter.main_grad = self.gradients[start:end].view(shape)  # type: ignore[attr-defined]
+        parameter.queue = self.queue  # type: ignore[attr-defined]
         return parameter
 
     def shard(self, bucket: Bucket) -> tuple[int, int]:
@@ -52,7 +56,10 @@ class Buffers:
     def start_step(self) -> None:
         """Forget the last step's gradients; every layer is expected to report once."""
         self.gradients.zero_()
-        self._waiting = {i: {slot.layer for slot in bucket.slots} for i, bucket in enumerate(self.layout.buckets)}
+        self._waiting = {
+            i: {layer for slot in bucket.slots for layer in slot.spec.layers if layer in self.layout.held}
+            for i, bucket in enumerate(self.layout.buckets)
+        }
         self._sums, self._ties, self._reductions = [], [], []
 
     def layer_done(self, layer: int) -> None:

@@ -15,8 +15,8 @@ from megapre.parallel.comm import Axis
 class Grid:
     """This rank's axes.
 
-    Two axes run along the pipeline, one per direction: NCCL would otherwise serialise activations going
-    forward behind gradients going backward.
+    Two axes run along the pipeline, one per direction, so that between two ranks each carries messages one way
+    only: NCCL would otherwise serialise activations behind gradients, or deadlock.
     """
 
     world: Axis
@@ -24,9 +24,9 @@ class Grid:
     host: Axis
     """All ranks, over CPU memory (gloo): agreements and counts that must not wait for the device."""
     pipeline: Axis
-    """Stages; carries what moves forward."""
+    """Ranks that hold the stages; carries messages to later ranks."""
     backward: Axis
-    """The same ranks; carries gradients going backward."""
+    """The same ranks; carries messages to earlier ranks."""
     data: Axis
     """Replicas of the model that read different samples."""
     tensor: Axis
@@ -34,17 +34,7 @@ class Grid:
     kv: Axis
     """Neighbours on the tensor axis that hold the same key/value head."""
     tied: Axis
-    """First and last stage, which both hold tied embeddings; size 1 on the stages between."""
-
-    @property
-    def first_stage(self) -> bool:
-        """Whether this rank's stage holds the embedding."""
-        return self.pipeline.rank == 0
-
-    @property
-    def last_stage(self) -> bool:
-        """Whether this rank's stage holds the loss."""
-        return self.pipeline.rank == self.pipeline.size - 1
+    """The two ranks of a pipeline that both hold tied embeddings; size 1 on all others."""
 
 
 AXES = ("world", "host", "pipeline", "backward", "data", "tensor", "kv", "tied")
@@ -55,10 +45,13 @@ def single() -> Grid:
     return Grid(*(Axis(name) for name in AXES))
 
 
-def build(parallel: ParallelConfig, device: torch.device, *, kv_copies: int = 1, tied: bool = False) -> Grid:
+def build(
+    parallel: ParallelConfig, device: torch.device, *, kv_copies: int = 1, tied: tuple[int, int] | None = None
+) -> Grid:
     """Create every process group of the grid; all ranks call this together after ``init_process_group``.
 
-    ``kv_copies`` tensor ranks hold each key/value head; ``tied`` asks for the axis of tied embeddings.
+    ``kv_copies`` tensor ranks hold each key/value head; ``tied`` are the pipeline ranks that both hold the tied
+    embedding.
     """
     shape = (parallel.pipeline, parallel.data, parallel.tensor)
     size = shape[0] * shape[1] * shape[2]
@@ -96,6 +89,6 @@ def build(parallel: ParallelConfig, device: torch.device, *, kv_copies: int = 1,
         data=own("data"),
         tensor=own("tensor"),
         kv=lines("kv", ranks.reshape(-1, kv_copies)),
-        tied=lines("tied", stages[:, [0, -1]] if tied and parallel.pipeline > 1 else ranks.reshape(-1, 1)),
+        tied=lines("tied", stages[:, sorted(set(tied))] if tied else ranks.reshape(-1, 1)),
     )
 

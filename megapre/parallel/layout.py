@@ -70,6 +70,8 @@ class Layout:
 
     slots: tuple[Slot, ...]
     buckets: tuple[Bucket, ...]
+    held: frozenset[int]
+    """Layers of this rank."""
 
     @property
     def total(self) -> int:
@@ -88,7 +90,7 @@ class Layout:
         bucket_elements: int,
     ) -> Layout:
         """Lay out the tensors that ``layers`` use, for one tensor rank and any data rank."""
-        held = set(layers)
+        held = frozenset(layers)
         groups = _groups([spec for spec in specs if held.intersection(spec.layers)])
         # Last layer first; inside a layer what another axis must sum first, so that it is one run.
         groups.sort(key=lambda group: (-_finished(group[0], held), not group[0].partial(sequence_parallel)))
@@ -113,14 +115,14 @@ class Layout:
                 position = opened + _round_up(position - opened, data_size * ALIGNMENT)
                 buckets.append(Bucket(opened, position, tuple(slots[first:]), tied))
                 opened, first = position, len(slots)
-        return Layout(tuple(slots), tuple(buckets))
+        return Layout(tuple(slots), tuple(buckets), held)
 
 
 def _round_up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
 
 
-def _finished(spec: TensorSpec, held: set[int]) -> int:
+def _finished(spec: TensorSpec, held: frozenset[int]) -> int:
     """The layer among ``held`` whose backward completes this tensor's gradient."""
     return min(held.intersection(spec.layers))
 

@@ -37,13 +37,9 @@ def accumulate(parameter: Tensor, gradient: Tensor) -> None:
 
 
 def accumulate_product(parameter: Tensor, dy: Tensor, x: Tensor) -> None:
-    """Add dy^T x, summed over all leading dimensions, to the parameter's main gradient."""
-    main = parameter.main_grad  # type: ignore[attr-defined]
-    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    if main.dtype == dy.dtype:
-        main.addmm_(dy.t(), x)
-    else:
-        main.add_(dy.t() @ x)
+    """Add dy^T x, summed over all leading dimensions, to the parameter's main gradient, now or in a W action."""
+    flat = (parameter.main_grad, dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))  # type: ignore[attr-defined]
+    parameter.queue.add(flat)  # type: ignore[attr-defined]
 
 
 class _ColumnLinear(torch.autograd.Function):

@@ -14,6 +14,7 @@ from megapre.config.schema import Config
 from megapre.models.spec import kv_copies
 from megapre.parallel import grid as grids
 from megapre.parallel.grid import Grid
+from megapre.parallel.pipeline.schedules import stage_owners
 from megapre.resilience.environment import threads_per_rank
 from megapre.resilience.ranks import Ranks
 from megapre.resilience.rendezvous import open_store
@@ -30,7 +31,9 @@ def connected(config: Config, ranks: Ranks) -> Iterator[tuple[Grid, torch.device
         if ranks.world > 1:
             join(ranks, device, config.resilience.timeout)
         copies = kv_copies(config.model, config.parallel.tensor)
-        yield grids.build(config.parallel, device, kv_copies=copies, tied=config.model.tied_embeddings), device
+        owners = stage_owners(config.parallel)
+        tied = (owners[0], owners[-1]) if config.model.tied_embeddings else None
+        yield grids.build(config.parallel, device, kv_copies=copies, tied=tied), device
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

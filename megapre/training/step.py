@@ -21,8 +21,9 @@ from megapre.models.context import Context
 from megapre.optim.adamw import AdamW
 from megapre.optim.clip import GradientNorm
 from megapre.optim.scaler import LossScale
+from megapre.parallel.pipeline.actions import Action
 from megapre.parallel.pipeline.executor import Executor
-from megapre.parallel.pipeline.schedules import plan
+from megapre.parallel.pipeline.schedules import plans
 from megapre.training.loss import Loss
 
 
@@ -47,10 +48,11 @@ class TrainStep:
     def __init__(self, config: Config, model: Model, kernels: Kernels) -> None:
         self.config, self.model, self.kernels, self.grid = config, model, kernels, model.grid
         self.flat = model.flat
-        self.executor = Executor(list(model.layers), list(model.held), model.grid, model.carry)
+        self.executor = Executor(model.stages, model.stage_count, model.grid, model.flat.queue, model.carry)
         self.optimizer = AdamW(config.optimizer, model.flat)
         self.scaler = LossScale(config.precision, model.device)
         self.norm = GradientNorm(model.flat)
+        self._plans: dict[tuple[int, bool], list[Action]] = {}
 
     def __call__(self, microbatches: Sequence[Microbatch], targets: int, step: int, lr: float) -> StepResult:
         """Run optimizer step ``step`` over ``microbatches``; ``targets`` counts the global batch's target tokens."""
@@ -63,9 +65,8 @@ class TrainStep:
         """Fill the main gradients, reduced over every axis and still times the loss scale; returns the loss."""
         self.flat.start_step()
         contexts = self._contexts(microbatches, targets, step, self.config.monitor.activation_rms, training=True)
-        schedule = plan(self.config.parallel.schedule, *self._place(), len(contexts))
         losses = self.executor.run(
-            schedule, contexts, self.config.train.microbatch, layer_done=self.flat.layer_done
+            self._plan(len(contexts), True), contexts, self.config.train.microbatch, layer_done=self.flat.layer_done
         )
         self.flat.finish()
         return self._mean_loss(losses) / self.scaler.value, self._rms(contexts)
@@ -85,11 +86,17 @@ class TrainStep:
     def evaluate(self, microbatches: Sequence[Microbatch], targets: int) -> Tensor:
         """Mean loss over held-out ``microbatches``, dropout off, on every rank."""
         contexts = self._contexts(microbatches, targets, 0, False, training=False)
-        schedule = plan("forward", *self._place(), len(contexts))
-        return self._mean_loss(self.executor.run(schedule, contexts, self.config.train.microbatch)) / self.scaler.value
+        losses = self.executor.run(self._plan(len(contexts), False), contexts, self.config.train.microbatch)
+        return self._mean_loss(losses) / self.scaler.value
 
-    def _place(self) -> tuple[int, int]:
-        return self.grid.pipeline.rank, self.grid.pipeline.size
+    def _plan(self, microbatches: int, training: bool) -> list[Action]:
+        """This rank's schedule; plans are kept, as a step of a run is like the one before."""
+        key = (microbatches, training)
+        if key not in self._plans:
+            parallel, axis = self.config.parallel, self.grid.pipeline
+            every = plans(parallel.schedule, axis.size, parallel.chunks, microbatches, training=training)
+            self._plans[key] = every[axis.rank]
+        return self._plans[key]
 
     def _contexts(
         self, microbatches: Sequence[Microbatch], targets: int, step: int, rms: bool, *, training: bool

@@ -1,4 +1,4 @@
-"""What verify runs: layouts written as ``TPxPPxDP[+sp][+zero1]``, and small hostile jobs."""
+"""What verify runs: layouts written as ``TPxPPxDP[+sp][+zero1][+SCHEDULE[:CHUNKS]]``, and small hostile jobs."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ class Cell:
     data: int = 1
     sequence: bool = False
     zero: int = 0
+    schedule: str = ""
+    """Empty: the job's own."""
+    chunks: int = 1
 
     @property
     def world(self) -> int:
@@ -29,29 +32,36 @@ class Cell:
 
     def __str__(self) -> str:
         name = f"{self.tensor}x{self.pipeline}x{self.data}"
-        return name + ("+sp" if self.sequence else "") + (f"+zero{self.zero}" if self.zero else "")
+        name += ("+sp" if self.sequence else "") + (f"+zero{self.zero}" if self.zero else "")
+        return name + (f"+{self.schedule}" if self.schedule else "") + (f":{self.chunks}" if self.chunks > 1 else "")
 
     def apply(self, config: Config) -> Config:
         """``config`` on this layout; its ``layers_per_stage`` stays where it fits."""
-        split = config.parallel.layers_per_stage
-        if len(split) != self.pipeline or sum(split) != config.model.layers:
-            split = []
         parallel = replace(
             config.parallel, tensor=self.tensor, pipeline=self.pipeline, data=self.data, sequence=self.sequence,
-            zero=self.zero, layers_per_stage=split,
+            zero=self.zero,
         )  # fmt: skip
+        if self.schedule:
+            parallel = replace(parallel, schedule=self.schedule, chunks=self.chunks)
+        split = parallel.layers_per_stage
+        if len(split) != self.pipeline * parallel.chunks or sum(split) != config.model.layers:
+            parallel = replace(parallel, layers_per_stage=[])
         return replace(config, parallel=parallel)
 
 
 def parse(text: str) -> Cell:
     """The cell that ``text`` names; ValueError when it names none."""
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(\+sp)?(?:\+zero([01]))?", text)
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(\+sp)?(?:\+zero([01]))?(?:\+([a-z][-a-z0-9]+)(?::(\d+))?)?", text)
     if match is None:
-        raise ValueError(f"{text!r} is no layout: write TPxPPxDP[+sp][+zero1], for example 2x2x2+sp+zero1.")
+        raise ValueError(
+            f"{text!r} is no layout: write TPxPPxDP[+sp][+zero1][+SCHEDULE[:CHUNKS]], for example 2x2x2+sp+zero1 or "
+            f"1x2x1+interleaved:2."
+        )
     tensor, pipeline, data = (int(part) for part in match.group(1, 2, 3))
     if min(tensor, pipeline, data) < 1:
         raise ValueError(f"layout {text!r} has an axis of 0 ranks: each of TPxPPxDP is at least 1.")
-    return Cell(tensor, pipeline, data, match.group(4) is not None, int(match.group(5) or 0))
+    schedule, chunks = match.group(6) or "", int(match.group(7) or 1)
+    return Cell(tensor, pipeline, data, match.group(4) is not None, int(match.group(5) or 0), schedule, chunks)
 
 
 def every(ranks: int, sizes: tuple[int, ...] = (1, 2, 4), data: tuple[int, ...] = (1, 2)) -> Iterator[Cell]:

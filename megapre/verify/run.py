@@ -51,7 +51,9 @@ class Report:
     errors: dict[str, float]
     kernels: dict[str, str]
     in_flight: list[int]
-    """Per rank, the most microbatches whose activations were held at once."""
+    """Per rank, the most microbatch-stages whose activations were held at once."""
+    digests: list[dict[str, int]]
+    """Per rank, a checksum of every local weight after the last step."""
 
     def worst(self, limits: Callable[[str], float]) -> tuple[str, float, float]:
         """The quantity furthest beyond (or nearest to) its limit: name, error, limit."""
@@ -101,8 +103,11 @@ def run_cell(ranks: Ranks, config: Config, vocab_size: int, truth: str, instrume
         digests = grid.host.gather_text(json.dumps(_digests(engine)))
         flights = grid.host.gather_text(str(engine.step.executor.peak_in_flight))
     errors = _merge([json.loads(text) for text in gathered])
-    errors["replicas"] = _disagreements([json.loads(text) for text in digests])
-    return Report(errors, engine.kernels.chosen, [int(f) for f in flights]) if ranks.rank == 0 else None
+    sums_by_rank = [json.loads(text) for text in digests]
+    errors["replicas"] = _disagreements(sums_by_rank)
+    if ranks.rank:
+        return None
+    return Report(errors, engine.kernels.chosen, [int(f) for f in flights], sums_by_rank)
 
 
 class _Sums:
@@ -203,9 +208,14 @@ class Prover:
         write_truth(config, vocab_size, Path(self.truth))
         self._baseline: Report | None = None
 
-    def layout(self, cell: Cell, instrument: str = "") -> tuple[Report, tuple[str, float, float]]:
-        """Arm A of ``cell``: its report and its worst quantity with its limit."""
-        report = self._run(arm_a(self.config), cell, instrument)
+    def layout(
+        self, cell: Cell, instrument: str = "", config: Config | None = None
+    ) -> tuple[Report, tuple[str, float, float]]:
+        """Arm A of ``cell``: its report and its worst quantity with its limit.
+
+        ``config`` may differ from the prover's in what must change no number, such as recompute.
+        """
+        report = self._run(arm_a(config or self.config), cell, instrument)
         return report, report.worst(lambda name: EXACT)
 
     def numerics(self, cell: Cell) -> tuple[Report, tuple[str, float, float]]:

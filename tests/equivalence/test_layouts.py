@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from megapre.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig
-from megapre.verify.cells import Cell, every, scaled_down
+from megapre.parallel.pipeline.schedules import plans
+from megapre.parallel.pipeline.simulate import simulate
+from megapre.verify.cells import Cell, every, parse, scaled_down
 from megapre.verify.pool import RankPool
 from megapre.verify.run import Prover
 
@@ -91,13 +93,33 @@ def test_uneven_stages(pool: RankPool, tmp_path: Path) -> None:
     assert error <= limit, name
 
 
-def test_executor_holds_what_the_simulator_predicts(provers: Callable[[str], Prover]) -> None:
-    from megapre.parallel.pipeline.schedules import plan
-    from megapre.parallel.pipeline.simulate import simulate
+SCHEDULED = (
+    "1x4x1", "1x4x1+gpipe", "1x2x2+zero1", "1x2x1+interleaved:2", "2x2x1+sp+interleaved:2", "1x2x2+zero1+interleaved:2",
+    "1x4x1+zb-h1", "2x2x2+sp+zero1+zb-h1", "1x2x1+zb-v:2", "2x2x2+sp+zero1+zb-v:2", "1x1x1+zb-v:2",
+)  # fmt: skip
 
-    for cell in (Cell(pipeline=4), Cell(1, 2, 2)):
-        report, _ = provers("gpt").layout(cell)
-        microbatches = provers("gpt").config.train.global_batch // cell.data
-        predicted = simulate([plan("1f1b", s, cell.pipeline, microbatches) for s in range(cell.pipeline)]).in_flight
-        per_stage = [report.in_flight[rank] for rank in range(0, cell.world, cell.world // cell.pipeline)]
-        assert tuple(per_stage) == predicted
+
+@pytest.mark.parametrize("layout", SCHEDULED)
+def test_schedules_agree_and_hold_what_the_simulator_predicts(
+    layout: str, provers: Callable[[str], Prover]
+) -> None:
+    cell = parse(layout)
+    report, (name, error, limit) = provers("gpt").layout(cell, "fifo" if cell.pipeline > 1 else "")
+    assert error <= limit, f"{layout}: {name} is off by {error:.2e}"
+    microbatches = provers("gpt").config.train.global_batch // cell.data
+    made = plans(cell.schedule or "1f1b", cell.pipeline, cell.chunks, microbatches)
+    per_rank = [report.in_flight[rank] for rank in range(0, cell.world, cell.world // cell.pipeline)]
+    assert tuple(per_rank) == simulate(made).in_flight
+
+
+@pytest.mark.parametrize("layout", ["1x1x1", "2x2x1+sp", "1x2x1+zb-h1"])
+@pytest.mark.parametrize(("policy", "layers"), [("full", 0), ("full", 1), ("selective", 0)])
+def test_recompute_changes_no_bit(
+    layout: str, policy: str, layers: int, provers: Callable[[str], Prover], tmp_path: Path
+) -> None:
+    """With dropout on: masks are drawn again, not remembered."""
+    prover = provers("llama")
+    kept = prover.layout(parse(layout))[0]
+    parallel = replace(prover.config.parallel, recompute=policy, recompute_layers=layers)
+    again = prover.layout(parse(layout), config=replace(prover.config, parallel=parallel))[0]
+    assert again.digests == kept.digests

@@ -101,8 +101,8 @@ MUTANTS = (
     Mutant(
         "bucket-reduced-before-the-last-microbatch",
         "megapre/parallel/pipeline/executor.py",
-        "if self.layer_done and not self.backwards_left:",
-        "if self.layer_done and self.backwards_left == 1:",
+        "elif not self.left[stage]:",
+        "elif self.left[stage] == 1:",
         f"{LAYOUTS}[gpt-1x1x2]",
         "DeepSpeed PR #7985: the last microbatch's gradient was added after the all-reduce",
     ),

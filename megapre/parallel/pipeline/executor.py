@@ -1,13 +1,14 @@
 """Runs any schedule. The same code serves one stage and many, training, validation and verify.
 
 A stage is a list of layers, and autograd is cut between them: backward walks the layers itself, so it knows
-when a layer's gradients are complete (to start their reduction) without hooks. Messages are posted where the
-schedule says and awaited where their data is used.
+when a layer's gradients are complete (to start their reduction) and which to run forward again (recompute), without
+hooks. Messages are posted where the schedule says and awaited where their data is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from megapre.parallel.comm import Work
 from megapre.parallel.grid import Grid
-from megapre.parallel.pipeline.actions import FORWARD, Action, Communicate, Compute, Transfer
+from megapre.parallel.pipeline.actions import BACKWARD, FORWARD, WEIGHT, Action, Communicate, Compute, Transfer
+from megapre.parallel.weight_queue import Product, WeightQueue
 
 Carry = tuple[Tensor, ...]
+Key = tuple[bool, int, int]
+"""(forward, stage, microbatch)."""
 
 
 class Layer(Protocol):
@@ -27,17 +31,33 @@ class Layer(Protocol):
         """Apply the layer."""
 
 
-class Executor:
-    """Drives this rank's layers through a schedule.
+@dataclass(frozen=True)
+class StageLayers:
+    """The layers of one stage with their numbers in the model."""
 
-    ``empty_carry()`` makes receive buffers. After a run, ``peak_in_flight`` is the most microbatches whose
-    activations were held at once, which the simulator predicts.
+    numbers: Sequence[int]
+    layers: Sequence[Layer]
+    recomputed: frozenset[int] = frozenset()
+    """Numbers of the layers that keep only their input and run forward again in backward."""
+
+
+class Executor:
+    """Drives this rank's stages through a schedule.
+
+    ``stages`` maps the number of each stage that this rank holds to its layers, of ``count`` in all;
+    ``empty_carry(samples)`` makes receive buffers. After a run, ``peak_in_flight`` is the most microbatch-stages
+    held at once, which the simulator predicts.
     """
 
     def __init__(
-        self, layers: Sequence[Layer], numbers: Sequence[int], grid: Grid, empty_carry: Callable[[int], list[Tensor]]
+        self,
+        stages: Mapping[int, StageLayers],
+        count: int,
+        grid: Grid,
+        queue: WeightQueue,
+        empty_carry: Callable[[int], list[Tensor]],
     ) -> None:
-        self.layers, self.numbers, self.grid, self.empty_carry = list(layers), list(numbers), grid, empty_carry
+        self.stages, self.last, self.grid, self.queue, self.empty_carry = stages, count - 1, grid, queue, empty_carry
         self.peak_in_flight = 0
 
     def run(
@@ -46,11 +66,11 @@ class Executor:
         contexts: Sequence[object],
         microbatch: int,
         *,
-        layer_done: Callable[[int], None] | None = None,
+        layer_done: Callable[[int], None] = lambda number: None,
     ) -> list[Tensor]:
         """Execute ``plan``; ``contexts[m]`` is microbatch m's. Returns the last stage's outputs, detached.
 
-        ``layer_done(number)`` is called when a layer has run its last backward of the plan.
+        ``layer_done(number)`` is called when a layer has run its last backward (and W) of the plan.
         """
         return _Run(self, plan, contexts, microbatch, layer_done).execute()
 
@@ -64,89 +84,121 @@ class _Run:
         plan: Sequence[Action],
         contexts: Sequence[object],
         microbatch: int,
-        layer_done: Callable[[int], None] | None,
+        layer_done: Callable[[int], None],
     ) -> None:
         self.executor, self.plan, self.contexts, self.microbatch = executor, plan, contexts, microbatch
-        self.layer_done = layer_done
-        self.grid = executor.grid
-        self.arriving: dict[tuple[bool, int], tuple[list[Tensor], list[Work]]] = {}
-        self.departing: dict[bool, tuple[list[Tensor], list[Work]]] = {}
-        self.outgoing: dict[tuple[bool, int], Carry] = {}
-        self.saved: dict[int, list[tuple[Carry, Carry]]] = {}
-        self.backwards_left = sum(isinstance(a, Compute) and a.kind != FORWARD for a in plan)
+        self.layer_done, self.grid = layer_done, executor.grid
+        kinds = [(action.kind, action.stage) for action in plan if isinstance(action, Compute)]
+        self.training = any(kind == BACKWARD for kind, _ in kinds)
+        self.split = any(kind == WEIGHT for kind, _ in kinds)
+        final = WEIGHT if self.split else BACKWARD
+        self.left = {stage: kinds.count((final, stage)) for stage in executor.stages}
+        """Per stage, the actions after which gradients are complete that are still to come."""
+        self.arriving: dict[Key, tuple[list[Tensor], list[Work]]] = {}
+        self.departing: dict[int, tuple[list[Tensor], list[Work]]] = {}
+        self.made: dict[Key, Carry] = {}
+        """What a stage of this rank made and nobody has taken yet, by the stage that needs it."""
+        self.saved: dict[tuple[int, int], list[tuple[Carry, Carry | None]]] = {}
+        self.products: dict[tuple[int, int], list[tuple[int, list[Product]]]] = {}
         self.results: list[Tensor] = []
 
     def execute(self) -> list[Tensor]:
-        training = self.backwards_left > 0
         self.executor.peak_in_flight = 0
-        with torch.set_grad_enabled(training):
+        with torch.set_grad_enabled(self.training):
             for action in self.plan:
                 if isinstance(action, Communicate):
                     for transfer in action.transfers:
                         self.post(transfer)
-                elif action.kind == FORWARD:
-                    self.forward(action.microbatch, training)
                 else:
-                    self.backward(action.microbatch)
-        for forward in (True, False):
-            self.await_sent(forward)
-        assert not (self.saved or self.arriving or self.outgoing), "the schedule left work undone"
+                    {FORWARD: self.forward, BACKWARD: self.backward, WEIGHT: self.weight}[action.kind](
+                        action.stage, action.microbatch
+                    )
+        for peer in list(self.departing):
+            self.await_sent(peer)
+        assert not (self.saved or self.arriving or self.made or self.products), "the schedule left work undone"
         return self.results
 
     def post(self, transfer: Transfer) -> None:
-        axis = self.grid.pipeline if transfer.forward else self.grid.backward
-        key = (transfer.forward, transfer.microbatch)
+        peer = transfer.peer
+        # One communicator for messages to later ranks and one for earlier: between two ranks each has one direction.
+        upward = (peer > self.grid.pipeline.rank) == transfer.send
+        axis = self.grid.pipeline if upward else self.grid.backward
         if transfer.send:
-            self.await_sent(transfer.forward)
-            tensors = [tensor.detach().contiguous() for tensor in self.outgoing.pop(key)]
-            self.departing[transfer.forward] = (tensors, [axis.send(t, transfer.peer) for t in tensors])
+            self.await_sent(peer)
+            needed_by = transfer.stage + 1 if transfer.forward else transfer.stage - 1
+            carry = self.made.pop((transfer.forward, needed_by, transfer.microbatch))
+            tensors = [tensor.detach().contiguous() for tensor in carry]
+            self.departing[peer] = (tensors, [axis.send(tensor, peer) for tensor in tensors])
         else:
             tensors = self.executor.empty_carry(self.microbatch)
-            self.arriving[key] = (tensors, [axis.recv(t, transfer.peer) for t in tensors])
+            works = [axis.recv(tensor, peer) for tensor in tensors]
+            self.arriving[transfer.forward, transfer.stage, transfer.microbatch] = (tensors, works)
 
-    def await_sent(self, forward: bool) -> None:
-        """Wait for the message under way in this direction and free what it carried.
+    def await_sent(self, peer: int) -> None:
+        """Wait for the message under way to ``peer`` and free what it carried.
 
         The autograd graph needs the shape of a stage's output, never its values.
         """
-        tensors, works = self.departing.pop(forward, ([], []))
+        tensors, works = self.departing.pop(peer, ([], []))
         for work in works:
             work.wait()
         for tensor in tensors:
             tensor.untyped_storage().resize_(0)
 
-    def receive(self, forward: bool, microbatch: int) -> Carry:
-        tensors, works = self.arriving.pop((forward, microbatch))
+    def take(self, key: Key) -> Carry:
+        """What a stage needs: from another rank, or from this rank's neighbouring stage."""
+        if key not in self.arriving:
+            return self.made.pop(key)
+        tensors, works = self.arriving.pop(key)
         for work in works:
             work.wait()
         return tuple(tensors)
 
-    def forward(self, m: int, training: bool) -> None:
-        carry: Carry = () if self.grid.first_stage else self.receive(True, m)
-        steps: list[tuple[Carry, Carry]] = []
-        for layer in self.executor.layers:
-            inputs = tuple(x.detach().requires_grad_(training) for x in carry)
-            carry = layer(self.contexts[m], *inputs)
-            if training:
-                steps.append((inputs, carry))
-        if training:
-            self.saved[m] = steps
-            self.executor.peak_in_flight = max(self.executor.peak_in_flight, len(self.saved))
-        if self.grid.last_stage:
+    def forward(self, stage: int, m: int) -> None:
+        held = self.executor.stages[stage]
+        carry: Carry = () if stage == 0 else self.take((True, stage, m))
+        steps: list[tuple[Carry, Carry | None]] = []
+        for number, layer in zip(held.numbers, held.layers):
+            again = number in held.recomputed and self.training
+            inputs = tuple(x.detach().requires_grad_(self.training) for x in carry)
+            with torch.set_grad_enabled(self.training and not again):
+                carry = layer(self.contexts[m], *inputs)
+            steps.append((inputs, None if again else carry))
+        if self.training:
+            self.saved[stage, m] = steps
+            held_now = len(self.saved) + len(self.products)
+            self.executor.peak_in_flight = max(self.executor.peak_in_flight, held_now)
+        if stage == self.executor.last:
             self.results += [output.detach() for output in carry]
         else:
-            self.outgoing[True, m] = carry
+            self.made[True, stage + 1, m] = carry
 
-    def backward(self, m: int) -> None:
+    def backward(self, stage: int, m: int) -> None:
         gradients: Sequence[Tensor | None]
-        gradients = [None] if self.grid.last_stage else self.receive(False, m)
-        steps = self.saved.pop(m)
-        self.backwards_left -= 1
-        for number in reversed(self.executor.numbers):
+        gradients = [None] if stage == self.executor.last else self.take((False, stage, m))
+        held = self.executor.stages[stage]
+        steps = self.saved.pop((stage, m))
+        if self.split:
+            self.products[stage, m] = []
+        else:
+            self.left[stage] -= 1
+        for number, layer in zip(reversed(held.numbers), reversed(held.layers)):
             inputs, outputs = steps.pop()
-            torch.autograd.backward(outputs, gradients)
+            if outputs is None:
+                outputs = layer(self.contexts[m], *inputs)
+            with self.executor.queue.kept(self.split) as products:
+                torch.autograd.backward(outputs, gradients)
             gradients = [x.grad for x in inputs]
-            if self.layer_done and not self.backwards_left:
+            if self.split:
+                self.products[stage, m].append((number, products))
+            elif not self.left[stage]:
                 self.layer_done(number)
-        if not self.grid.first_stage:
-            self.outgoing[False, m] = tuple(g for g in gradients if g is not None)
+        if stage:
+            self.made[False, stage - 1, m] = tuple(g for g in gradients if g is not None)
+
+    def weight(self, stage: int, m: int) -> None:
+        self.left[stage] -= 1
+        for number, products in self.products.pop((stage, m)):
+            self.executor.queue.run(products)
+            if not self.left[stage]:
+                self.layer_done(number)
