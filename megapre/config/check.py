@@ -25,6 +25,7 @@ CHOICES = {
     "data.tokenizer_type": ("HuggingFaceTokenizer", "SentencePieceTokenizer", "ByteTokenizer", "NullTokenizer"),
     "data.objective": ("causal", "masked"),
     "parallel.schedule": ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"),
+    "parallel.context_method": ("ring", "ulysses"),
     "parallel.recompute": ("none", "selective", "full"),
     "parallel.zero": (0, 1),
     "schedule.kind": ("cosine", "linear", "constant"),
@@ -52,6 +53,7 @@ RANGES = {
     "data.prefetch": COUNT,
     "parallel.tensor": COUNT,
     "parallel.pipeline": COUNT,
+    "parallel.context": COUNT,
     "parallel.chunks": COUNT,
     "parallel.recompute_layers": NATURAL,
     "parallel.data": NATURAL,
@@ -102,9 +104,9 @@ def check(config: Config, world_size: int | None = None) -> Config:
 
 
 def world_size(config: Config) -> int:
-    """Ranks of a checked job: tensor x pipeline x data."""
+    """Ranks of a checked job: tensor x pipeline x context x data."""
     grid = config.parallel
-    return grid.tensor * grid.pipeline * grid.data
+    return grid.tensor * grid.pipeline * grid.context * grid.data
 
 
 def _check_fields(config: Config) -> None:
@@ -143,20 +145,24 @@ def _either(choices: tuple[Any, ...]) -> str:
 def _resolve_data(config: Config, world: int | None) -> Config:
     """Fill in ``parallel.data`` and hold the grid against the launched ranks."""
     grid = config.parallel
-    model_ranks = grid.tensor * grid.pipeline
+    names = "parallel.tensor x parallel.pipeline"
+    sizes = f"{grid.tensor} x {grid.pipeline}"
+    if grid.context > 1:
+        names, sizes = f"{names} x parallel.context", f"{sizes} x {grid.context}"
+    model_ranks = grid.tensor * grid.pipeline * grid.context
     if world is None:
         data = grid.data or 1
     elif grid.data == 0 and world % model_ranks:
         raise ConfigError(
-            f"{world} launched ranks are not a multiple of parallel.tensor x parallel.pipeline = {grid.tensor} x "
-            f"{grid.pipeline} = {model_ranks}: change the launch or one of the two"
+            f"{world} launched ranks are not a multiple of {names} = {sizes} = {model_ranks}: change the launch or one "
+            f"of them"
         )
     else:
         data = grid.data or world // model_ranks
     if world is not None and world != model_ranks * data:
         raise ConfigError(
-            f"parallel.tensor x parallel.pipeline x parallel.data = {grid.tensor} x {grid.pipeline} x {data} = "
-            f"{model_ranks * data} ranks but {world} were launched: change the launch or parallel.data"
+            f"{names} x parallel.data = {sizes} x {data} = {model_ranks * data} ranks but {world} were launched: "
+            f"change the launch or parallel.data"
         )
     return replace(config, parallel=replace(grid, data=data))
 
@@ -211,11 +217,38 @@ def ffn_divides_over_tensor(config: Config) -> str | None:
 
 def sequence_divides_over_tensor(config: Config) -> str | None:
     """Sequence parallelism gives each tensor rank an equal part of the sequence."""
-    sequence, tensor = config.model.sequence, config.parallel.tensor
-    if config.parallel.sequence and sequence % tensor:
+    sequence, tensor, context = config.model.sequence, config.parallel.tensor, config.parallel.context
+    if config.parallel.sequence and sequence % (tensor * context):
+        of = f"parallel.tensor ({tensor})"
+        if context > 1:
+            of = f"parallel.tensor x parallel.context ({tensor} x {context})"
         return (
-            f"parallel.sequence needs model.sequence ({sequence}) to be a multiple of parallel.tensor ({tensor}): "
-            f"change one of them or set parallel.sequence to false"
+            f"parallel.sequence needs model.sequence ({sequence}) to be a multiple of {of}: change one of them or set "
+            f"parallel.sequence to false"
+        )
+    return None
+
+
+def context_divides(config: Config) -> str | None:
+    """A ring rank holds two chunks of the sequence; Ulysses deals heads out."""
+    parallel, model = config.parallel, config.model
+    context = parallel.context
+    if context == 1:
+        return None
+    if parallel.context_method == "ring":
+        if model.sequence % (2 * context):
+            return (
+                f"ring attention needs model.sequence ({model.sequence}) to be a multiple of 2 x parallel.context "
+                f"({2 * context})"
+            )
+        return None
+    if model.sequence % context:
+        return f"model.sequence ({model.sequence}) must be a multiple of parallel.context ({context})"
+    kv = max(1, model.n_kv_heads // parallel.tensor)
+    if kv % context:
+        return (
+            f"parallel.context_method = ulysses needs the {kv} key/value heads of a tensor rank to be a multiple of "
+            f"parallel.context ({context}): change one of them or use ring"
         )
     return None
 
@@ -370,6 +403,7 @@ RULES = (
     heads_divide_over_tensor,
     ffn_divides_over_tensor,
     sequence_divides_over_tensor,
+    context_divides,
     vocabulary_covers_tensor,
     stages_have_blocks,
     layers_per_stage_fit,

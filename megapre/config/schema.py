@@ -102,7 +102,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The grid. World size = pipeline x data x tensor, tensor innermost."""
+    """The grid. World size = pipeline x data x context x tensor, tensor innermost."""
 
     tensor: int = 1
     """Tensor-parallel ranks (arXiv 1909.08053)."""
@@ -110,10 +110,14 @@ class ParallelConfig:
     """Pipeline-parallel stages."""
     data: int = 0
     """Data-parallel ranks. 0 means: what the launched ranks leave, or 1 when started alone."""
+    context: int = 1
+    """Context-parallel ranks: each holds a part of every sequence."""
+    context_method: str = "ring"
+    """``ring`` attention (arXiv 2310.01889, zigzag) or ``ulysses`` (arXiv 2309.14509, all-to-all over heads)."""
     sequence: bool = False
     """Megatron sequence parallelism (arXiv 2205.05198): norms and dropout work on a shard of the sequence."""
     zero: int = 0
-    """0: optimizer state on every rank; 1: sharded over data-parallel ranks (ZeRO-1, arXiv 1910.02054)."""
+    """0: optimizer state on every rank; 1: sharded over data x context ranks (ZeRO-1, arXiv 1910.02054)."""
     schedule: str = "1f1b"
     """Pipeline schedule: ``1f1b``, ``gpipe``, ``interleaved``, ``zb-h1`` or ``zb-v``."""
     chunks: int = 1

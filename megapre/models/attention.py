@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megapre.config.schema import ModelConfig
 from megapre.kernels.attention import AttentionDropout
-from megapre.kernels.registry import Kernels
 from megapre.models.context import WEIGHTS, Context, site
 from megapre.models.spec import kv_copies
 from megapre.parallel.comm import Axis
+from megapre.parallel.context import Core
 from megapre.parallel.tensor import Linear
 
 
@@ -21,7 +22,7 @@ class Attention(nn.Module):
     """Multi-head attention (arXiv 1706.03762) with grouped keys and values (GQA, arXiv 2305.13245).
 
     Input and output [seq or seq/t, batch, hidden]. Each tensor rank works on its own query heads and on the
-    key/value heads that they read.
+    key/value heads that they read; ``core`` is attention over the context axis.
     """
 
     def __init__(
@@ -31,11 +32,12 @@ class Attention(nn.Module):
         qkv: Linear,
         output: Linear,
         axis: Axis,
-        kernels: Kernels,
+        rope: Callable[..., Tensor],
+        core: Core,
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.qkv, self.output, self.kernels, self.layer = qkv, output, kernels, layer
+        self.qkv, self.output, self.rope, self.core, self.layer = qkv, output, rope, core, layer
         self.causal, self.dropout = model.architecture == "decoder", model.attention_dropout
         self.head_dim, self.recompute = model.head_dim, recompute
         self.heads = model.heads // axis.size
@@ -47,7 +49,7 @@ class Attention(nn.Module):
         fused = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = fused.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if ctx.rope is not None:
-            q, k = self.kernels.rope(q, *ctx.rope), self.kernels.rope(k, *ctx.rope)
+            q, k = self.rope(q, *ctx.rope), self.rope(k, *ctx.rope)
         offset = 0
         if ctx.cache is not None:
             offset = ctx.cache.length
@@ -56,7 +58,7 @@ class Attention(nn.Module):
                 k, v = torch.cat((past_k, k)), torch.cat((past_v, v))
             ctx.cache.layers[self.layer] = (k, v)
         core = partial(
-            self.kernels.attention, causal=self.causal, segments=ctx.segments, dropout=self._dropout(ctx), offset=offset
+            self.core, causal=self.causal, segments=ctx.segments, dropout=self._dropout(ctx), offset=offset
         )
         if self.recompute and ctx.training:  # dropout is counter-based: there is no generator state to restore
             y = checkpoint(core, q, k, v, use_reentrant=False, preserve_rng_state=False)
@@ -68,5 +70,4 @@ class Attention(nn.Module):
         if not (ctx.training and self.dropout):
             return None
         sites = [site(self.layer, WEIGHTS, self.first_head + head) for head in range(self.heads)]
-        queries = torch.arange(ctx.tokens.shape[0], device=ctx.tokens.device)
-        return AttentionDropout(ctx.seed, ctx.step, sites, queries, ctx.samples, self.dropout)
+        return AttentionDropout(ctx.seed, ctx.step, sites, ctx.places, ctx.samples, self.dropout)

@@ -51,7 +51,7 @@ class Dropout(nn.Module):
         if not (ctx.training and self.probability):
             return x
         return self.kernels.dropout(
-            x, seed=ctx.seed, step=ctx.step, site=self.place, positions=ctx.rows, samples=ctx.samples,
+            x, seed=ctx.seed, step=ctx.step, site=self.place, positions=ctx.places[ctx.shard], samples=ctx.samples,
             probability=self.probability,
         )  # fmt: skip
 
@@ -70,7 +70,7 @@ class EmbeddingLayer(nn.Module):
         """Token ids of the context to [rows, batch, hidden]."""
         x = self.tokens(ctx.tokens)
         if self.positions is not None:
-            x = x + nn.functional.embedding(ctx.positions[ctx.rows], sink(self.positions))
+            x = x + nn.functional.embedding(ctx.positions[ctx.shard], sink(self.positions))
         return (self.dropout(ctx, x),)
 
 

@@ -14,6 +14,7 @@ from megapre.models.attention import Attention
 from megapre.models.block import Block, EmbeddingLayer, FeedForward, Head, Norm
 from megapre.models.context import Context
 from megapre.parallel.buckets import Buffers
+from megapre.parallel.context import over_context, places
 from megapre.parallel.grid import Grid
 from megapre.parallel.layout import Layout
 from megapre.parallel.pipeline.executor import StageLayers
@@ -30,6 +31,7 @@ class Model(nn.Module):
     def __init__(self, config: Config, grid: Grid, kernels: Kernels, vocab_size: int, device: torch.device) -> None:
         super().__init__()
         self.config, self.grid, self.vocab_size, self.device = config.model, grid, vocab_size, device
+        self.context_method = config.parallel.context_method
         self.dtype = DTYPES[config.precision.dtype]
         self.sequence = config.parallel.sequence and grid.tensor.size > 1
         parallel = config.parallel
@@ -42,7 +44,7 @@ class Model(nn.Module):
             [number for stage in mine.values() for number in stage],
             tensor_rank=grid.tensor.rank,
             tensor_size=grid.tensor.size,
-            data_size=grid.data.size,
+            replicas=grid.replicas.size,
             sequence_parallel=self.sequence,
             bucket_elements=parallel.bucket_elements,
         )
@@ -69,21 +71,23 @@ class Model(nn.Module):
         def place(tensor: Tensor) -> Tensor:
             return tensor.to(self.device, non_blocking=True)
 
-        positions = place(m.positions)
-        length = m.tokens.shape[0]
-        shard = length // self.grid.tensor.size if self.sequence else length
-        first = shard * self.grid.tensor.rank if self.sequence else 0
+        mine = places(m.tokens.shape[0], self.context_method, self.grid.context.rank, self.grid.context.size)
+        positions = place(m.positions[mine])
+        rows = len(mine) // self.grid.tensor.size if self.sequence else len(mine)
+        first = rows * self.grid.tensor.rank if self.sequence else 0
+        shard = slice(first, first + rows)
         rope = None
         if self.config.positions == "rope":
             rope = tables(positions, self.config.head_dim, self.config.rope_theta, self.dtype)
         return Context(
-            tokens=place(m.tokens),
-            targets=place(m.targets),
-            weights=place(m.weights),
+            tokens=place(m.tokens[mine]),
+            targets=place(m.targets[mine]),
+            weights=place(m.weights[mine]),
             positions=positions,
             segments=None if m.segments is None else place(m.segments),
             samples=place(m.samples),
-            rows=torch.arange(first, first + shard, device=self.device),
+            places=place(mine),
+            shard=shard,
             seed=seed,
             step=step,
             training=training,
@@ -92,7 +96,7 @@ class Model(nn.Module):
 
     def carry(self, microbatch: int) -> list[Tensor]:
         """Empty tensors of the shapes that stages exchange for ``microbatch`` samples."""
-        rows = self.config.sequence // (self.grid.tensor.size if self.sequence else 1)
+        rows = self.config.sequence // self.grid.context.size // (self.grid.tensor.size if self.sequence else 1)
         return [torch.empty(rows, microbatch, self.config.hidden, dtype=self.dtype, device=self.device)]
 
 
@@ -102,6 +106,7 @@ class _Builder:
     def __init__(self, model: Model, kernels: Kernels, recompute: str, recompute_layers: int) -> None:
         self.config, self.flat, self.kernels = model.config, model.flat, kernels
         self.axis, self.sequence = model.grid.tensor, model.sequence
+        self.core = over_context(model.context_method, model.grid.context, kernels.attention)
         self.recompute, self.recompute_layers = recompute, recompute_layers
 
     def stage(self, numbers: range) -> StageLayers:
@@ -128,7 +133,7 @@ class _Builder:
             norms.append(self.norm(f"{name}.mlp_norm"))
         qkv = self.linear("column", *(f"{name}.attention.{part}" for part in "qkv"))
         output = self.linear("row", f"{name}.attention.output")
-        attention = Attention(config, number, qkv, output, self.axis, self.kernels, recompute_attention)
+        attention = Attention(config, number, qkv, output, self.axis, self.kernels.rope, self.core, recompute_attention)
         ups = ("gate", "up") if config.activation == "swiglu" else ("up",)
         up = self.linear("column", *(f"{name}.mlp.{part}" for part in ups))
         mlp = FeedForward(config.activation, up, self.linear("row", f"{name}.mlp.down"), self.kernels)

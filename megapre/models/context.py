@@ -24,7 +24,7 @@ class KVCache:
 class Context:
     """One microbatch on its way through the layers of a rank.
 
-    Sequence tensors are [seq, batch] and whole on every tensor rank.
+    Sequence tensors are [seq, batch]: this context rank's part of the sequence, whole on every tensor rank.
     """
 
     tokens: Tensor
@@ -32,10 +32,13 @@ class Context:
     weights: Tensor
     positions: Tensor
     segments: Tensor | None
+    """Document numbers of the whole sequence."""
     samples: Tensor
     """int64 [batch]: number of each sample in the run; with the position it keys dropout."""
-    rows: Tensor
-    """int64: places in the sequence of this rank's activations (a shard under sequence parallelism)."""
+    places: Tensor
+    """int64: places in the whole sequence of this part's tokens."""
+    shard: slice
+    """Rows of this part that this rank's activations hold: all of them, or fewer under sequence parallelism."""
     seed: int
     step: int
     training: bool

@@ -17,10 +17,10 @@ class GradientNorm:
 
     def __init__(self, buffers: Buffers) -> None:
         self.world = buffers.grid.world
-        data = buffers.grid.data
+        replicas = buffers.grid.replicas
         self.pieces: list[Tensor] = []
         for bucket in buffers.layout.buckets:
-            start, end = bucket.shard(data.rank, data.size)
+            start, end = bucket.shard(replicas.rank, replicas.size)
             for slot in bucket.slots:
                 a, b = max(start, slot.start), min(end, slot.end)
                 if slot.primary and a < b:

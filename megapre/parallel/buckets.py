@@ -50,7 +50,7 @@ class Buffers:
     def shard(self, bucket: Bucket) -> tuple[int, int]:
         """Flat range of ``bucket`` that this rank's optimizer updates."""
         if self.zero:
-            return bucket.shard(self.grid.data.rank, self.grid.data.size)
+            return bucket.shard(self.grid.replicas.rank, self.grid.replicas.size)
         return bucket.start, bucket.end
 
     def start_step(self) -> None:
@@ -97,16 +97,17 @@ class Buffers:
         works = []
         for bucket in self.layout.buckets:
             start, end = self.shard(bucket)
-            works.append(self.grid.data.all_gather(self.weights[bucket.start : bucket.end], self.weights[start:end]))
+            whole = self.weights[bucket.start : bucket.end]
+            works.append(self.grid.replicas.all_gather(whole, self.weights[start:end]))
         for work in works:
             work.wait()
 
     def _reduce(self, bucket: Bucket) -> Work:
         whole = self.gradients[bucket.start : bucket.end]
         if not self.zero:
-            return self.grid.data.all_reduce(whole)
+            return self.grid.replicas.all_reduce(whole)
         start, end = self.shard(bucket)
-        return self.grid.data.reduce_scatter(self.gradients[start:end], whole)
+        return self.grid.replicas.reduce_scatter(self.gradients[start:end], whole)
 
     def _partial_runs(self, layer: int) -> list[tuple[slice, Axis]]:
         """Neighbouring slots of ``layer`` whose gradients the same axis must sum."""

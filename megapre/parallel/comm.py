@@ -10,7 +10,7 @@ ranks, and a receive posted early holds up what is posted after it on the same a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -30,6 +30,18 @@ class Done:
 
     def wait(self) -> None:
         """Return at once."""
+
+
+class Together:
+    """Several pieces of work as one."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        """Return when all are done."""
+        for work in self._works:
+            work.wait()
 
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -83,6 +95,16 @@ class Axis:
     def recv(self, tensor: Tensor, source: int) -> Work:
         """Receive into ``tensor`` from rank ``source`` of the axis."""
         return _posted(dist.irecv(tensor, group=self.group, group_src=source))
+
+    def exchange(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Work:
+        """Send ``tensor`` to rank ``to`` and receive from rank ``source`` as one operation that cannot deadlock."""
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, tensor, group=self.group, group_peer=to),
+                dist.P2POp(dist.irecv, received, group=self.group, group_peer=source),
+            ]
+        )
+        return Together(works)
 
     def gather_text(self, text: str) -> list[str]:
         """Every rank's ``text``, in rank order, on every rank. For a host (CPU) axis."""

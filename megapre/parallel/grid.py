@@ -1,8 +1,9 @@
-"""The grid of ranks: pipeline x data x tensor, tensor innermost, built once and passed, never global."""
+"""The grid of ranks: pipeline x data x context x tensor, tensor innermost, built once and passed, never global."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,11 @@ class Grid:
     backward: Axis
     """The same ranks; carries messages to earlier ranks."""
     data: Axis
-    """Replicas of the model that read different samples."""
+    """Ranks that read different samples."""
+    context: Axis
+    """Ranks that hold different parts of the same sequences."""
+    replicas: Axis
+    """data x context: ranks with the same weights, over which gradients are summed and ZeRO shards."""
     tensor: Axis
     """Ranks that share each layer."""
     kv: Axis
@@ -37,7 +42,7 @@ class Grid:
     """The two ranks of a pipeline that both hold tied embeddings; size 1 on all others."""
 
 
-AXES = ("world", "host", "pipeline", "backward", "data", "tensor", "kv", "tied")
+AXES = ("world", "host", "pipeline", "backward", "data", "context", "replicas", "tensor", "kv", "tied")
 
 
 def single() -> Grid:
@@ -53,16 +58,17 @@ def build(
     ``kv_copies`` tensor ranks hold each key/value head; ``tied`` are the pipeline ranks that both hold the tied
     embedding.
     """
-    shape = (parallel.pipeline, parallel.data, parallel.tensor)
-    size = shape[0] * shape[1] * shape[2]
+    shape = (parallel.pipeline, parallel.data, parallel.context, parallel.tensor)
+    size = prod(shape)
     if size == 1:
         return single()
     if dist.get_world_size() != size:
         raise ValueError(
-            f"parallel.pipeline x parallel.data x parallel.tensor = {shape[0]} x {shape[1]} x {shape[2]} = {size} "
-            f"ranks, but {dist.get_world_size()} were launched."
+            f"parallel.pipeline x data x context x tensor = {' x '.join(map(str, shape))} = {size} ranks, but "
+            f"{dist.get_world_size()} were launched."
         )
-    mesh = dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "data", "tensor"))
+    names = ("pipeline", "data", "context", "tensor")
+    mesh = dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=names)
     ranks = torch.arange(size).view(shape)
 
     def own(name: str) -> Axis:
@@ -80,13 +86,17 @@ def build(
                 axis = Axis(name, row.index(dist.get_rank()), len(row), group)
         return axis
 
-    stages = ranks.permute(1, 2, 0).reshape(-1, parallel.pipeline)
+    stages = ranks.permute(1, 2, 3, 0).reshape(-1, parallel.pipeline)
+    replicas = ranks.permute(0, 3, 1, 2).reshape(-1, parallel.data * parallel.context)
+    data = own("data")
     return Grid(
         world=Axis("world", dist.get_rank(), size, dist.group.WORLD),
         host=Axis("host", dist.get_rank(), size, dist.new_group(backend="gloo")),
         pipeline=own("pipeline"),
         backward=lines("backward", stages),
-        data=own("data"),
+        data=data,
+        context=own("context"),
+        replicas=data if parallel.context == 1 else lines("replicas", replicas),
         tensor=own("tensor"),
         kv=lines("kv", ranks.reshape(-1, kv_copies)),
         tied=lines("tied", stages[:, sorted(set(tied))] if tied else ranks.reshape(-1, 1)),

@@ -59,7 +59,7 @@ class Bucket:
     """Holds a tensor that another stage holds too: its gradient is summed over both first."""
 
     def shard(self, rank: int, size: int) -> tuple[int, int]:
-        """Flat range owned by data rank ``rank`` of ``size``."""
+        """Flat range owned by replica ``rank`` of ``size``."""
         part = (self.end - self.start) // size
         return self.start + rank * part, self.start + (rank + 1) * part
 
@@ -85,11 +85,11 @@ class Layout:
         *,
         tensor_rank: int,
         tensor_size: int,
-        data_size: int,
+        replicas: int,
         sequence_parallel: bool,
         bucket_elements: int,
     ) -> Layout:
-        """Lay out the tensors that ``layers`` use, for one tensor rank and any data rank."""
+        """Lay out the tensors that ``layers`` use, for one tensor rank and any of its ``replicas``."""
         held = frozenset(layers)
         groups = _groups([spec for spec in specs if held.intersection(spec.layers)])
         # Last layer first; inside a layer what another axis must sum first, so that it is one run.
@@ -112,7 +112,7 @@ class Layout:
             # A tensor tied to another stage is alone in its bucket: both stages then reduce and update it alike.
             alone = tied or (not last and not held.issuperset(groups[index + 1][0].layers))
             if last or alone or position - opened >= bucket_elements:
-                position = opened + _round_up(position - opened, data_size * ALIGNMENT)
+                position = opened + _round_up(position - opened, replicas * ALIGNMENT)
                 buckets.append(Bucket(opened, position, tuple(slots[first:]), tied))
                 opened, first = position, len(slots)
         return Layout(tuple(slots), tuple(buckets), held)

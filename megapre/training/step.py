@@ -123,4 +123,4 @@ class TrainStep:
         layers = self.model.config.layers
         squares = torch.stack([mean_square(layers, c.rms or {}, self.model.device) for c in contexts]).mean(0)
         self.grid.world.all_reduce(squares).wait()
-        return (squares / (self.grid.tensor.size * self.grid.data.size)).sqrt()
+        return (squares / (self.grid.tensor.size * self.grid.replicas.size)).sqrt()

@@ -1,4 +1,4 @@
-"""What verify runs: layouts written as ``TPxPPxDP[+sp][+zero1][+SCHEDULE[:CHUNKS]]``, and small hostile jobs."""
+"""What verify runs: layouts, written as ``TPxPPxDP`` with options behind ``+``, and small hostile jobs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ class Cell:
     schedule: str = ""
     """Empty: the job's own."""
     chunks: int = 1
+    context: int = 1
+    method: str = "ring"
 
     @property
     def world(self) -> int:
         """Ranks."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     def __str__(self) -> str:
         name = f"{self.tensor}x{self.pipeline}x{self.data}"
+        name += f"+{self.method}:{self.context}" if self.context > 1 else ""
         name += ("+sp" if self.sequence else "") + (f"+zero{self.zero}" if self.zero else "")
         return name + (f"+{self.schedule}" if self.schedule else "") + (f":{self.chunks}" if self.chunks > 1 else "")
 
@@ -39,7 +42,7 @@ class Cell:
         """``config`` on this layout; its ``layers_per_stage`` stays where it fits."""
         parallel = replace(
             config.parallel, tensor=self.tensor, pipeline=self.pipeline, data=self.data, sequence=self.sequence,
-            zero=self.zero,
+            zero=self.zero, context=self.context, context_method=self.method,
         )  # fmt: skip
         if self.schedule:
             parallel = replace(parallel, schedule=self.schedule, chunks=self.chunks)
@@ -50,18 +53,32 @@ class Cell:
 
 
 def parse(text: str) -> Cell:
-    """The cell that ``text`` names; ValueError when it names none."""
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(\+sp)?(?:\+zero([01]))?(?:\+([a-z][-a-z0-9]+)(?::(\d+))?)?", text)
+    """The cell that ``text`` names; ValueError when it names none.
+
+    ``TPxPPxDP``, then in any order ``+ring:CP`` or ``+ulysses:CP``, ``+sp``, ``+zero1``, ``+SCHEDULE[:CHUNKS]``.
+    """
+    sizes, *options = text.split("+")
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", sizes)
     if match is None:
         raise ValueError(
-            f"{text!r} is no layout: write TPxPPxDP[+sp][+zero1][+SCHEDULE[:CHUNKS]], for example 2x2x2+sp+zero1 or "
-            f"1x2x1+interleaved:2."
+            f"{text!r} is no layout: write TPxPPxDP with sizes of at least 1, and options such as +sp, +zero1, +ring:2 "
+            f"or +interleaved:2 behind it, for example 2x2x2+sp+zero1."
         )
-    tensor, pipeline, data = (int(part) for part in match.group(1, 2, 3))
-    if min(tensor, pipeline, data) < 1:
-        raise ValueError(f"layout {text!r} has an axis of 0 ranks: each of TPxPPxDP is at least 1.")
-    schedule, chunks = match.group(6) or "", int(match.group(7) or 1)
-    return Cell(tensor, pipeline, data, match.group(4) is not None, int(match.group(5) or 0), schedule, chunks)
+    tensor, pipeline, data = (int(size) for size in match.groups())
+    cell = Cell(tensor, pipeline, data)
+    for option in options:
+        name, _, number = option.partition(":")
+        if number and not re.fullmatch(r"[1-9]\d*", number):
+            raise ValueError(f"{option!r} in layout {text!r} ends in no number of at least 1.")
+        if option == "sp":
+            cell = replace(cell, sequence=True)
+        elif re.fullmatch(r"zero\d", option):
+            cell = replace(cell, zero=int(option[4:]))
+        elif name in ("ring", "ulysses"):
+            cell = replace(cell, method=name, context=int(number or 1))
+        else:  # config/check.py knows the schedules
+            cell = replace(cell, schedule=name, chunks=int(number or 1))
+    return cell
 
 
 def every(ranks: int, sizes: tuple[int, ...] = (1, 2, 4), data: tuple[int, ...] = (1, 2)) -> Iterator[Cell]:

@@ -80,6 +80,10 @@ class FifoAxis(Axis):
         """As Axis."""
         return self._post(lambda x: super(FifoAxis, self).recv(x, source), tensor)
 
+    def exchange(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Work:
+        """As Axis."""
+        return self._post(lambda x: super(FifoAxis, self).exchange(tensor, to, x, source), received)
+
 
 class _Queued:
     def __init__(self, finished: threading.Event, result: Tensor | None, scratch: Tensor) -> None:
@@ -152,6 +156,11 @@ class CountingAxis(Axis):
         """As Axis."""
         self._count("recv", tensor)
         return super().recv(tensor, source)
+
+    def exchange(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Work:
+        """As Axis."""
+        self._count("exchange", tensor)
+        return super().exchange(tensor, to, received, source)
 
 
 INSTRUMENTS: dict[str, Callable[[Axis, int], Axis]] = {

@@ -112,6 +112,29 @@ def test_schedules_agree_and_hold_what_the_simulator_predicts(
     assert tuple(per_rank) == simulate(made).in_flight
 
 
+CONTEXT = [
+    ("gpt", "1x1x1+ring:2"), ("gpt", "1x1x1+ulysses:2"), ("bert", "1x1x1+ring:4"), ("bert", "2x1x1+ulysses:2+sp"),
+    ("llama", "1x1x1+ring:2"), ("llama", "1x1x1+ring:4"), ("llama", "1x1x1+ulysses:2"), ("llama", "2x1x1+ring:2+sp"),
+    ("llama", "1x1x2+ring:2+zero1"), ("llama", "1x2x1+ulysses:2+zb-h1"), ("llama", "2x2x1+ring:2+sp+interleaved:2"),
+    ("gpt", "2x1x2+ulysses:2+sp+zero1"), ("gpt", "1x2x2+ring:2+zero1+zb-v:2"), ("palm", "2x1x1+ring:4+sp"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("job", "layout"), CONTEXT)
+def test_context_parallel_agrees(job: str, layout: str, provers: Callable[[str], Prover]) -> None:
+    """Causal, full and document masks, GQA, dropout, resets: the sequence may be cut anywhere."""
+    prover = provers(job)
+    for prove in (prover.layout, prover.numerics):
+        _, (name, error, limit) = prove(parse(layout))
+        assert error <= limit, f"{job} {layout} {prove.__name__}: {name} is off by {error:.2e}, limit {limit:.2e}"
+
+
+@pytest.mark.parametrize("layout", ["1x1x1+ring:4", "2x1x1+ring:2+sp", "1x1x1+ulysses:2"])
+def test_context_parallel_under_strict_queues(layout: str, provers: Callable[[str], Prover]) -> None:
+    _, (name, error, limit) = provers("llama").layout(parse(layout), "delay")
+    assert error <= limit, f"{layout}: {name} is off by {error:.2e}"
+
+
 @pytest.mark.parametrize("layout", ["1x1x1", "2x2x1+sp", "1x2x1+zb-h1"])
 @pytest.mark.parametrize(("policy", "layers"), [("full", 0), ("full", 1), ("selective", 0)])
 def test_recompute_changes_no_bit(

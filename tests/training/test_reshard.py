@@ -14,7 +14,7 @@ from megapre.config.check import check
 from megapre.config.schema import Config
 from megapre.models.spec import kv_copies
 from megapre.parallel.comm import Axis, Done, Work
-from megapre.parallel.grid import Grid
+from megapre.parallel.grid import AXES, Grid
 from megapre.training.engine import build
 from megapre.training.trainer import restore
 from megapre.verify.cells import Cell, every
@@ -44,8 +44,8 @@ def places(config: Config) -> list[Grid]:
             for tensor in range(p.tensor):
                 axes = {"pipeline": (pipeline, p.pipeline), "data": (data, p.data), "tensor": (tensor, p.tensor)}
                 axes |= {"kv": (tensor % copies, copies)}
-                names = ("world", "host", "pipeline", "backward", "data", "tensor", "kv", "tied")
-                grids.append(Grid(*(Silent(name, *axes.get(name, (0, 1))) for name in names)))
+                axes["replicas"] = axes["data"]
+                grids.append(Grid(**{name: Silent(name, *axes.get(name, (0, 1))) for name in AXES}))
     return grids
 
 
