@@ -5,7 +5,12 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup test demo lint nightly clean
+# Arguments of pip for torch alone. Empty: the index that pip is set up for. PyPI's Linux wheels of torch bring several
+# GB of CUDA libraries; on a machine without a GPU, where that host can be reached, take the CPU build instead:
+#   make setup TORCH_INDEX="--extra-index-url https://download.pytorch.org/whl/cpu"
+TORCH_INDEX ?=
+
+.PHONY: setup test demo docs lint nightly clean
 
 setup: $(VENV)/.ready
 
@@ -27,9 +32,24 @@ lint: setup
 demo: setup
 	$(BIN)/python examples/demo.py
 
-# LANE: spine | data
+# Every command of README.md and docs/.
+docs: setup
+	$(BIN)/python docs/run_commands.py
+
+# Without LANE: the tests marked nightly. With LANE: all tests of the lane's rooms, nightly or not.
+LANES := layouts kernels data faults
+layouts := equivalence mutants parallel models optim training
+kernels := kernels random
+data := data objectives tokenizers tools
+faults := resilience checkpoint monitor
+ifneq ($(filter-out $(LANES),$(LANE)),)
+$(error LANE=$(LANE) is none of: $(LANES))
+endif
 nightly: setup
-	$(BIN)/python -m pytest -m nightly $(if $(LANE),tests/nightly_lanes/$(LANE),)
+	test "$(LANE)" != data || test -d build/megatron || \
+		$(BIN)/python -m pip install -q --no-deps --target build/megatron megatron-core==0.16.1
+	MEGATRON_CORE_PATH=build/megatron $(BIN)/python -m pytest -rs --durations=15 \
+		$(if $(LANE),-m "not gpu" $(wildcard $(addprefix tests/,$($(LANE)))),-m nightly)
 
 clean:
 	rm -rf build *.egg-info megapre/*.so demo_run

@@ -17,6 +17,7 @@ def main() -> int:
     skipped = {"site-packages", "test", "tests"}
     files = sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
     random.Random(0).shuffle(files)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     size = count = 0
     with open(args.output, "w", encoding="utf-8") as out:
         for path in files:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,12 @@ LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCAL
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; ``argv`` None means the command line."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(args, "overrides") and all(re.match(r"[a-z_]+\.[a-z_]+=", word) for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse stops collecting overrides at the first option
+        args.overrides += rest
     args.from_shell = argv is None
     try:
         return int(args.verb(args))

@@ -80,9 +80,14 @@ class JsonLines:
 
 
 class Console:
-    """A line of progress: a bar that stays at the bottom of a terminal, plain lines elsewhere."""
+    """A line of progress: a bar that stays at the bottom of a terminal, plain lines elsewhere.
 
-    def __init__(self, steps: int) -> None:
+    Every line also goes to ``log``, which outlives the terminal.
+    """
+
+    def __init__(self, steps: int, log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = open(log, "a", encoding="utf-8", buffering=1)
         self._steps = steps
         self._last: tuple[int, float] | None = None
         self._seconds = 0.0
@@ -105,12 +110,14 @@ class Console:
         eta = self._eta(step)
         line = " | ".join(shown + ([f"ETA {_clock(eta)}"] if eta is not None else []))
         if self._bar is None:
-            print(f"step {step}/{self._steps} | {line}", flush=True)
+            self.text(f"step {step}/{self._steps} | {line}")
         else:
+            self._log.write(f"step {step}/{self._steps} | {line}\n")
             self._bar.update(self._task, completed=step, description=line, refresh=True)
 
     def text(self, line: str) -> None:
         """Show a line, above the bar if there is one."""
+        self._log.write(line + "\n")
         if self._bar is None:
             print(line, flush=True)
         else:
@@ -125,6 +132,7 @@ class Console:
         """Leave the last state of the bar on the screen."""
         if self._bar is not None:
             self._bar.stop()
+        self._log.close()
 
     def _eta(self, step: int) -> float | None:
         """Seconds to the end, from a running mean that forgets the first, slow steps."""
@@ -162,7 +170,7 @@ class TensorBoard:
 
 def open_sinks(config: Config, run_dir: Path) -> list[Sink]:
     """The sinks a job asks for, console first."""
-    sinks: list[Sink] = [Console(config.train.steps), JsonLines(run_dir / "metrics.jsonl")]
+    sinks: list[Sink] = [Console(config.train.steps, run_dir / "log" / "run.log"), JsonLines(run_dir / "metrics.jsonl")]
     if config.monitor.tensorboard:
         sinks.append(TensorBoard(run_dir / "tensorboard"))
     return sinks

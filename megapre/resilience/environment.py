@@ -1,8 +1,7 @@
 """Environment variables that must stand before torch is loaded: threads and the allocator.
 
 Large temporaries come and go each step. glibc maps and unmaps each of them, which costs a page fault per
-4 KiB; keeping them in the heap, on huge pages, is worth about a third of a CPU step
-(``benchmarks/train``).
+4 KiB; the settings here keep them in the heap, on huge pages.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class Trainer:
             if due_eval or due_save or ahead is None:
                 self._log(*late)
                 late = None
-            if due_eval:
+            if due_eval or ahead is None:
                 self.evaluate()
             if due_save:
                 self.save()

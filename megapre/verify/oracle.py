@@ -16,6 +16,7 @@ from torch import Tensor
 from megapre.config.schema import Config, ModelConfig
 from megapre.data.loader import Microbatch
 from megapre.models import spec
+from megapre.models.build import DTYPES
 from megapre.models.context import ATTENTION, EMBEDDING, MLP, WEIGHTS, site
 from megapre.optim.schedule import learning_rate
 from megapre.random.philox import keep_mask, normal
@@ -38,7 +39,8 @@ class Truth:
 
 
 def initial_weights(config: Config, vocab_size: int) -> Weights:
-    """Every logical tensor at step 0, rounded to the job's number format, in fp64."""
+    """Every logical tensor at step 0, rounded to the job's number format as the engine's is, in fp64."""
+    dtype = DTYPES[config.precision.dtype]
     weights = {}
     for tensor in spec.tensors(config.model, vocab_size):
         if tensor.init == "normal":
@@ -46,7 +48,7 @@ def initial_weights(config: Config, vocab_size: int) -> Weights:
             values = values.mul_(tensor.std)
         else:
             values = torch.full(tensor.shape, 1.0 if tensor.init == "ones" else 0.0)
-        weights[tensor.name] = values.double()
+        weights[tensor.name] = values.to(dtype).double()
     return weights
 
 

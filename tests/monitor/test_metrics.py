@@ -127,10 +127,10 @@ def test_a_missing_package_names_the_key_and_the_extra(monkeypatch: pytest.Monke
     metrics.check_sinks(Config())
 
 
-def test_the_eta_is_the_steps_left_times_their_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_eta_is_the_steps_left_times_their_pace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = [0.0]
     monkeypatch.setattr(sinks.time, "monotonic", lambda: now[0])
-    console = sinks.Console(100)
+    console = sinks.Console(100, tmp_path / "run.log")
     console.event("start", 50)
     for step in (60, 70, 80):
         now[0] += 20.0

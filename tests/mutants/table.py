@@ -188,14 +188,6 @@ MUTANTS = (
         "Megatron-LM #415: the fused path knew causal only",
     ),
     Mutant(
-        "weight-gradients-reduced-before-w",
-        "megapre/parallel/pipeline/executor.py",
-        "            if self.split:\n                self.products[stage, m].append((number, products))\n            elif",
-        "            if self.split:\n                self.products[stage, m].append((number, products))\n            if",
-        "tests/equivalence/test_layouts.py::test_schedules_agree_and_hold_what_the_simulator_predicts[2x2x2+sp+zero1+zb-h1]",
-        "a bucket that does not wait for the W of its last microbatch",
-    ),
-    Mutant(
         "optimizer-step-count-lost-on-resume",
         "megapre/training/trainer.py",
         '    step.optimizer.steps.fill_(state["optimizer_steps"])\n',
