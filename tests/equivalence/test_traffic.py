@@ -1,0 +1,104 @@
+"""Bytes on every axis are those of the closed forms: nothing is sent that need not be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from megapre.config.check import check
+from megapre.config.schema import Config, ModelConfig
+from megapre.resilience.connect import connected
+from megapre.resilience.ranks import Ranks
+from megapre.training.engine import build
+from megapre.verify.cells import Cell, batches, parse, scaled_down, share
+from megapre.verify.instruments import counted
+from megapre.verify.pool import RankPool
+
+VOCAB = 67
+JOB = Config(
+    model=ModelConfig(
+        norm="rmsnorm", activation="swiglu", positions="rope", heads=4, bias=False, tied_embeddings=False
+    )
+)  # fmt: skip
+
+
+def traffic(ranks: Ranks, config: Config) -> tuple[dict[str, int], int, int]:
+    """One step's bytes by axis and operation, elements of this rank's flat buffer, and blocks on this rank."""
+    counts: dict[str, int] = {}
+    with connected(config, ranks) as (grid, device):
+        engine = build(config, counted(grid, counts), device, VOCAB)
+        batch = batches(config, VOCAB, 1)[0]
+        mine = share(batch, grid.data.rank, grid.data.size, config.train.microbatch)
+        engine.step(mine, 100, 0, 1e-3)
+        held = [number for stage in engine.model.stages.values() for number in stage.numbers]
+        blocks = sum(1 <= number <= config.model.layers for number in held)
+        return counts, engine.model.flat.layout.total, blocks
+
+
+def measure(pool: RankPool, layout: str) -> tuple[Config, Cell, list[tuple[dict[str, int], int, int]]]:
+    cell = parse(layout)
+    config, _ = scaled_down(JOB)
+    config = check(cell.apply(replace(config, train=replace(config.train, microbatch=2))), cell.world)
+    return config, cell, pool.run(cell.world, traffic, config)
+
+
+def activation(config: Config) -> int:
+    """Bytes of one microbatch's [seq, batch, hidden] in fp32."""
+    return config.model.sequence * config.train.microbatch * config.model.hidden * 4
+
+
+@pytest.mark.parametrize("layout", ["2x1x1", "4x1x1", "2x1x1+sp", "4x1x1+sp"])
+def test_tensor_parallel(layout: str, pool: RankPool) -> None:
+    """A block: an all-reduce behind each of two row layers forward and two column layers backward.
+
+    With sequence parallelism each becomes a reduce-scatter and an all-gather of the same volume, and backward gathers
+    the column layers' input again. Embedding and head add one exchange each way.
+    """
+    config, _, found = measure(pool, layout)
+    microbatches = config.train.global_batch // config.train.microbatch
+    size, blocks = activation(config), config.model.layers
+    for counts, _, _ in found:
+        sums = Counter(counts)
+        if "+sp" not in layout:
+            losses = 3 * config.model.sequence * config.train.microbatch * 4  # max, and sum with target
+            assert sums["tensor/all_reduce"] == microbatches * ((4 * blocks + 2) * size + losses)
+            assert sums["tensor/all_gather"] == sums["tensor/reduce_scatter"] == 0
+            continue
+        assert sums["tensor/reduce_scatter"] == microbatches * (4 * blocks + 2) * size
+        # Forward 2 per block and the head; backward 2 for dy, 2 for x again per block; head 1, embedding 1.
+        assert sums["tensor/all_gather"] == microbatches * (6 * blocks + 3) * size
+
+
+@pytest.mark.parametrize("layout", ["1x2x1", "1x4x1", "1x2x1+zb-h1", "1x2x1+interleaved:2"])
+def test_pipeline(layout: str, pool: RankPool) -> None:
+    """Every boundary between ranks carries one activation and one gradient per microbatch, and no more."""
+    config, cell, found = measure(pool, layout)
+    microbatches = config.train.global_batch // config.train.microbatch
+    boundaries = cell.pipeline * cell.chunks - 1
+    sent = sum(counts.get(f"{axis}/send", 0) for counts, _, _ in found for axis in ("pipeline", "backward"))
+    received = sum(counts.get(f"{axis}/recv", 0) for counts, _, _ in found for axis in ("pipeline", "backward"))
+    assert sent == received == 2 * boundaries * microbatches * activation(config)
+
+
+@pytest.mark.parametrize(("layout", "zero"), [("1x1x2", 0), ("1x1x2+zero1", 1), ("1x1x1+ring:2+zero1", 1)])
+def test_replicas(layout: str, zero: int, pool: RankPool) -> None:
+    """Gradients cross once a step whatever the number of microbatches; under ZeRO-1 weights cross once too."""
+    _, cell, found = measure(pool, layout)
+    axis = "replicas" if cell.context > 1 else "data"  # with one context rank both are the same axis
+    for counts, total, _ in found:
+        if not zero:
+            assert counts[f"{axis}/all_reduce"] == total * 4
+            continue
+        assert counts[f"{axis}/reduce_scatter"] == counts[f"{axis}/all_gather"] == total * 4
+        assert f"{axis}/all_reduce" not in counts
+
+
+def test_ring(pool: RankPool) -> None:
+    """Keys and values travel c - 1 times each way, their gradients c times home."""
+    config, cell, found = measure(pool, "1x1x1+ring:4")
+    microbatches = config.train.global_batch // config.train.microbatch
+    pair = 2 * activation(config) // cell.context  # k and v, as wide as hidden here
+    for counts, _, blocks in found:
+        assert counts["context/exchange"] == microbatches * blocks * pair * (2 * (cell.context - 1) + cell.context)
