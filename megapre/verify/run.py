@@ -245,7 +245,7 @@ def _limit(name: str, base: dict[str, float], resolution: float) -> float:
     """Arm B's limit for one quantity, from the unsharded run's errors.
 
     One error is one draw of rounding noise and may be small by luck, so a tensor is held to the worst of its
-    kin (the same tensor of every block), and losses and norms to the median error of the gradients, of which
+    kin (the same tensor of every block; all norms), and losses and norms to the median error of the gradients, of which
     they are sums.
     """
     if name == "replicas" or name.startswith("padding"):
@@ -257,7 +257,8 @@ def _limit(name: str, base: dict[str, float], resolution: float) -> float:
 
 
 def _kin(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
+    """What ``name`` shares its baseline with: the same tensor of other blocks, a norm with every other norm."""
+    return re.sub(r"\d+", "*", re.sub(r"(blocks\.\d+\.\w+_norm|head\.norm)", "norm", name))
 
 
 def main(config: Config, layouts: list[str], ranks: int) -> int:
