@@ -54,7 +54,7 @@ def cpp_jobs(objects: Path) -> tuple[list[Job], list[str]]:
     includes = [flag for path in include_paths() for flag in ("-isystem", path)]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(compiled_with_cxx11_abi())}"
     torch_flags = [*compiler, *FLAGS, "-O2", "-std=c++20", abi, "-DAT_PARALLEL_OPENMP=1", *includes]
-    for source in [CSRC / "cpu" / "ops.cpp", *sorted((CSRC / "data").glob("*.cpp"))]:
+    for source in [*sorted((CSRC / "cpu").glob("ops*.cpp")), *sorted((CSRC / "data").glob("*.cpp"))]:
         jobs.append((torch_flags, source, objects / f"{source.parent.name}.{source.name}.o"))
     jobs.sort(key=lambda job: job[0] is not torch_flags)  # the slow ones first
     link = [*compiler, "-shared", "-fopenmp", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu"]

@@ -147,7 +147,7 @@ static void dropout_row(uint32_t key, uint32_t step, uint32_t site, uint32_t pos
     const int64_t here = count - done < 4 * BLOCK ? count - done : 4 * BLOCK;
     uint32_t four[BLOCK];
     keep_groups(k0, step, (uint32_t)sample, position, (uint32_t)(done >> 2), site, threshold, (here + 3) / 4, four);
-    sweep(here, [&](int64_t i, int64_t n) {
+    sweep(here, [&](int64_t i, int64_t n) INLINED {
       Bytes kept;
       memcpy(&kept, (const uint8_t*)four + i, LANES);
       Floats v = read(x + done + i, n) * scale;
@@ -156,7 +156,33 @@ static void dropout_row(uint32_t key, uint32_t step, uint32_t site, uint32_t pos
   }
 }
 
-const Random random = {normal, keep_row, {dropout_row<float>, dropout_row<bf16>}, philox};
+template <class T>
+static void bias_dropout_residual_row(uint32_t key, uint32_t step, uint32_t site, uint32_t position, int64_t sample,
+                                      int64_t count, uint32_t threshold, float scale, const void* x_,
+                                      const float* bias, const void* residual_, void* y_) {
+  const T *x = (const T*)x_, *residual = (const T*)residual_;
+  T* y = (T*)y_;
+  const uint32_t k0 = key ^ (uint32_t)((uint64_t)sample >> 32);
+  for (int64_t done = 0; done < count; done += 4 * BLOCK) {
+    const int64_t here = count - done < 4 * BLOCK ? count - done : 4 * BLOCK;
+    uint32_t four[BLOCK];
+    keep_groups(k0, step, (uint32_t)sample, position, (uint32_t)(done >> 2), site, threshold, (here + 3) / 4, four);
+    sweep(here, [&](int64_t i, int64_t n) INLINED {
+      Bytes kept;
+      memcpy(&kept, (const uint8_t*)four + i, LANES);
+      Floats v = read(x + done + i, n);
+      if (bias) v = v + read(bias + done + i, n);
+      v = __builtin_convertvector(kept, Ints) != 0 ? v * scale : all(0);
+      write(y + done + i, read(residual + done + i, n) + v, n);
+    });
+  }
+}
+
+const Random random = {normal,
+                       keep_row,
+                       {dropout_row<float>, dropout_row<bf16>},
+                       {bias_dropout_residual_row<float>, bias_dropout_residual_row<bf16>},
+                       philox};
 
 }  // namespace MEGAPRE_VARIANT
 }  // namespace megapre

@@ -5,7 +5,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
+// On every lambda: one with several call sites would otherwise become a function, and its vectors go through memory.
+#define INLINED __attribute__((always_inline))
 
 namespace megapre {
 namespace MEGAPRE_VARIANT {
@@ -36,10 +42,50 @@ INLINE Floats load(const float* p) {
   return v;
 }
 
+// Widening, narrowing and maxima by name where the compiler would take the generic form apart.
+INLINE Words widen(Halves h) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, Words);
+#endif
+}
+
+INLINE Halves narrow(Words w) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtepi32_epi16((__m512i)w);
+#else
+  return __builtin_convertvector(w, Halves);
+#endif
+}
+
+// The larger and the smaller of two; b where either is NaN.
+INLINE Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+INLINE Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 INLINE Floats load(const bf16* p) {
   Halves h;
   memcpy(&h, p, sizeof h);
-  return (Floats)(__builtin_convertvector(h, Words) << 16);
+  return (Floats)(widen(h) << 16);
 }
 
 INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
@@ -49,7 +95,7 @@ INLINE void store(bf16* p, Floats v) {
   Words u = (Words)v;
   Words rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   Words nan = Words{} + 0x7fc0;
-  Halves h = __builtin_convertvector((Words)(v == v ? rounded : nan), Halves);
+  Halves h = narrow((Words)(v == v ? rounded : nan));
   memcpy(p, &h, sizeof h);
 }
 
@@ -91,7 +137,7 @@ INLINE Floats accumulate(int64_t n, F f) {
     c += f(i + 2 * LANES, LANES);
     d += f(i + 3 * LANES, LANES);
   }
-  sweep(n - i, [&](int64_t j, int64_t m) { a += f(i + j, m); });
+  sweep(n - i, [&](int64_t j, int64_t m) INLINED { a += f(i + j, m); });
   return (a + b) + (c + d);
 }
 
@@ -121,12 +167,11 @@ INLINE float largest(Floats v) {
   return top;
 }
 
-// exp to about 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. Below -87 the result is 0, above 88 infinity, NaN is
-// kept.
+// exp to about 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. n = -127 makes the power 0 and n = 128 infinity, so
+// the result is 0 below -87.7 and infinity above 88.4; NaN is kept.
 INLINE Floats exponential(Floats x) {
-  const float shift = 12582912.0f;  // 1.5 x 2^23: adding it leaves the nearest integer in the low bits
-  Floats y = x < -87.0f ? all(-87.0f) : x;
-  y = y > 88.0f ? all(88.0f) : y;
+  const float shift = 12582912.0f + 127;  // 1.5 x 2^23: adding it leaves the nearest integer, + 127, in the low bits
+  Floats y = smaller(all(89.0f), larger(all(-88.0f), x));
   Floats t = y * 1.44269504088896341f + shift;
   Floats n = t - shift;
   Floats r = y - n * 0.693359375f;
@@ -138,11 +183,7 @@ INLINE Floats exponential(Floats x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  Ints power = ((Ints)t - (Ints)all(shift) + 127) << 23;
-  p = p * (Floats)power;
-  p = x < -87.0f ? all(0.0f) : p;
-  p = x > 88.0f ? all(__builtin_inff()) : p;
-  return x == x ? p : x;
+  return p * (Floats)((Ints)t << 23);
 }
 
 INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }

@@ -249,17 +249,19 @@ class KernelsConfig:
     """Version of each op: ``auto`` or a name that ``megapre kernels`` lists."""
 
     norm: str = "auto"
-    """LayerNorm and RMSNorm."""
+    """LayerNorm and RMSNorm, each also with a residual sum before it."""
     attention: str = "auto"
     """Scaled dot-product attention."""
     activation: str = "auto"
-    """GELU and SwiGLU."""
+    """GELU, bias + GELU, SwiGLU and GeGLU."""
     rope: str = "auto"
     """Rotary positions."""
     cross_entropy: str = "auto"
-    """Local part of the vocabulary-parallel cross-entropy."""
+    """Local part of the vocabulary-parallel cross-entropy, alone or with the output layer."""
     dropout: str = "auto"
-    """Counter-based dropout."""
+    """Counter-based dropout, alone or with a bias and a residual sum."""
+    optimizer: str = "auto"
+    """AdamW over flat shards and the gradients' sum of squares."""
 
 
 @dataclass(frozen=True)

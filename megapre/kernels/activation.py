@@ -1,7 +1,8 @@
-"""GELU in its tanh form (arXiv 1606.08415) and SwiGLU (arXiv 2002.05202).
+"""GELU in its tanh form (arXiv 1606.08415), SwiGLU and GeGLU (arXiv 2002.05202), bias + GELU.
 
-gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))); swiglu([gate, up]) = gate sigmoid(gate) up.
-Computed in fp32 (fp64 for fp64 input), returned in the type of the input. Every version saves its input alone.
+gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))); swiglu([gate, up]) = gate sigmoid(gate) up;
+geglu([gate, up]) = gelu(gate) up; bias_gelu(x, bias) = gelu(x + bias), the sum not rounded in between.
+Computed in fp32 (fp64 for fp64 input), returned in the type of the input. Fast versions save their inputs alone.
 """
 
 from __future__ import annotations
@@ -30,9 +31,31 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
+def geglu_reference(gate_up: Tensor) -> Tensor:
+    """GeGLU [..., 2f] -> [..., f], as the formula is written; the gate is the first half."""
+    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    return (gelu_reference(gate) * up).to(gate_up.dtype)
+
+
+def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x + bias) for x [..., f], bias [f]."""
+    return gelu_reference(_wide(x) + _wide(bias)).to(x.dtype)
+
+
 def gelu_torch(x: Tensor) -> Tensor:
     """GELU by ``torch.nn.functional.gelu``."""
     return F.gelu(x, approximate="tanh")
+
+
+def geglu_torch(gate_up: Tensor) -> Tensor:
+    """GeGLU [..., 2f] -> [..., f] by torch's gelu, in fp32."""
+    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+
+def bias_gelu_torch(x: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x + bias) by torch's gelu, in fp32."""
+    return F.gelu(_wide(x) + _wide(bias), approximate="tanh").to(x.dtype)
 
 
 def swiglu_torch(gate_up: Tensor) -> Tensor:
@@ -50,6 +73,16 @@ def swiglu_cpp(gate_up: Tensor) -> Tensor:
     return _SwiGLUCpp.apply(gate_up)
 
 
+def geglu_cpp(gate_up: Tensor) -> Tensor:
+    """GeGLU [..., 2f] -> [..., f] in C++ (``csrc/cpu/kernels.cpp``); CPU, fp32 or bf16."""
+    return _GeGLUCpp.apply(gate_up)
+
+
+def bias_gelu_cpp(x: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x + bias) in C++ (``csrc/cpu/kernels.cpp``); CPU, fp32 or bf16. The bias's gradient is summed in fp32."""
+    return _BiasGeluCpp.apply(x, bias)
+
+
 class _GeluCpp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -65,16 +98,48 @@ class _GeluCpp(torch.autograd.Function):
 class _SwiGLUCpp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        rows = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
-        ctx.save_for_backward(rows)
-        ctx.shape = gate_up.shape
-        return torch.ops.megapre.swiglu_forward(rows).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+        return _glu_forward(ctx, gate_up, torch.ops.megapre.swiglu_forward)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
-        (rows,) = ctx.saved_tensors
-        flat = grad.reshape(rows.shape[0], rows.shape[1] // 2).contiguous()
-        return torch.ops.megapre.swiglu_backward(flat, rows).view(ctx.shape)
+        return _glu_backward(ctx, grad, torch.ops.megapre.swiglu_backward)
+
+
+class _GeGLUCpp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return _glu_forward(ctx, gate_up, torch.ops.megapre.geglu_forward)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        return _glu_backward(ctx, grad, torch.ops.megapre.geglu_backward)
+
+
+def _glu_forward(ctx, gate_up: Tensor, function) -> Tensor:  # type: ignore[no-untyped-def]
+    rows = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
+    ctx.save_for_backward(rows)
+    ctx.shape = gate_up.shape
+    return function(rows).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+def _glu_backward(ctx, grad: Tensor, function) -> Tensor:  # type: ignore[no-untyped-def]
+    (rows,) = ctx.saved_tensors
+    flat = grad.reshape(rows.shape[0], rows.shape[1] // 2).contiguous()
+    return function(flat, rows).view(ctx.shape)
+
+
+class _BiasGeluCpp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        ctx.save_for_backward(rows, bias)
+        return torch.ops.megapre.bias_gelu_forward(rows, bias).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def, override]
+        rows, bias = ctx.saved_tensors
+        grad_x, sums = torch.ops.megapre.bias_gelu_backward(grad.reshape(rows.shape).contiguous(), rows, bias)
+        return grad_x.view(grad.shape), sums.to(bias.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):

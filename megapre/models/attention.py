@@ -32,7 +32,7 @@ class Attention(nn.Module):
         qkv: Linear,
         output: Linear,
         axis: Axis,
-        rope: Callable[..., Tensor],
+        rope: Callable[..., tuple[Tensor, Tensor]],
         core: Core,
         recompute: bool = False,
     ) -> None:
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         fused = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = fused.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if ctx.rope is not None:
-            q, k = self.rope(q, *ctx.rope), self.rope(k, *ctx.rope)
+            q, k = self.rope(q, k, *ctx.rope)
         offset = 0
         if ctx.cache is not None:
             offset = ctx.cache.length

@@ -133,7 +133,8 @@ class _Builder:
             norms.append(self.norm(f"{name}.mlp_norm"))
         qkv = self.linear("column", *(f"{name}.attention.{part}" for part in "qkv"))
         output = self.linear("row", f"{name}.attention.output")
-        attention = Attention(config, number, qkv, output, self.axis, self.kernels.rope, self.core, recompute_attention)
+        rope = self.kernels.rope_qk
+        attention = Attention(config, number, qkv, output, self.axis, rope, self.core, recompute_attention)
         ups = ("gate", "up") if config.activation == "swiglu" else ("up",)
         up = self.linear("column", *(f"{name}.mlp.{part}" for part in ups))
         mlp = FeedForward(config.activation, up, self.linear("row", f"{name}.mlp.down"), self.kernels)

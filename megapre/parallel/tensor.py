@@ -191,7 +191,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, valid: int, axis: Axis, kernels: Kernels
     ) -> Tensor:
         local = targets - axis.rank * logits.shape[-1]
-        largest, total, target = kernels.ce_statistics(logits, local, valid)
+        largest, total, target, _ = kernels.ce_statistics(logits, local, valid)
         overall = largest.clone()
         axis.all_reduce(overall, "max").wait()
         both = torch.stack((total * torch.exp(largest - overall), target))

@@ -71,8 +71,28 @@ def _rms_backward(grad: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty((1, x.shape[1]), dtype=torch.float32)
 
 
+def _add_layer_forward(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty((2, x.shape[0]), dtype=torch.float32)
+
+
+def _add_rms_forward(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty((1, x.shape[0]), dtype=torch.float32)
+
+
+def _bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[1], dtype=torch.float32)
+
+
+def _rope(xs: list[Tensor], *_: object) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in xs]
+
+
+def _scalar(flat: Tensor) -> Tensor:
+    return flat.new_empty((), dtype=torch.float32)
+
+
 def _ce_statistics(logits: Tensor, *_: object) -> Tensor:
-    return logits.new_empty((3, logits.shape[0]), dtype=torch.float32)
+    return logits.new_empty((4, logits.shape[0]), dtype=torch.float32)
 
 
 FAKES: dict[str, Callable[..., object]] = {
@@ -87,6 +107,18 @@ FAKES: dict[str, Callable[..., object]] = {
     "gelu_backward": _like_second,
     "swiglu_forward": _half_width,
     "swiglu_backward": _like_second,
+    "add_layer_norm_forward": _add_layer_forward,
+    "add_rms_norm_forward": _add_rms_forward,
+    "bias_gelu_forward": _like_first,
+    "bias_gelu_backward": _bias_gelu_backward,
+    "geglu_forward": _half_width,
+    "geglu_backward": _like_second,
+    "bias_dropout_residual": _like_first,
+    "rope": _rope,
+    "rope_": _fill,
+    "adamw_": _fill,
+    "accumulate_": _fill,
+    "square_sum": _scalar,
     "cross_entropy_statistics": _ce_statistics,
     "cross_entropy_gradient_": _fill,
 }

@@ -18,24 +18,32 @@ def swiglu(x):
     return gate / (1 + torch.exp(-gate)) * up
 
 
+def geglu(x):
+    gate, up = x.chunk(2, -1)
+    return gelu(gate) * up
+
+
+FORMULAS = {"gelu": gelu, "swiglu": swiglu, "geglu": geglu}
+ROWS = [version for op in FORMULAS for version in versions(op)]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("version", versions("gelu") + versions("swiglu"), ids=lambda v: f"{v.op}-{v.name}")
+@pytest.mark.parametrize("version", ROWS, ids=lambda v: f"{v.op}-{v.name}")
 def test_value_and_gradients(version, shape, dtype):
     function = load(version, dtype)
     if function is None:
         assert version.name == "cpp" and dtype == torch.float64
         return
     x = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
-    formula = gelu if version.op == "gelu" else swiglu
-    compare(function, formula, [x], TOLERANCE[dtype])
+    compare(function, FORMULAS[version.op], [x], TOLERANCE[dtype])
     strided = x.repeat_interleave(2, dim=0)[::2]
     # torch's vector and scalar paths differ in the last place; ours do not.
     slack = 0.0 if version.name == "cpp" else TOLERANCE[dtype]
     torch.testing.assert_close(function(strided), function(x), rtol=2 * slack, atol=slack)
 
 
-@pytest.mark.parametrize("version", versions("gelu") + versions("swiglu"), ids=lambda v: f"{v.op}-{v.name}")
+@pytest.mark.parametrize("version", ROWS, ids=lambda v: f"{v.op}-{v.name}")
 def test_extremes(version):
     function = load(version, torch.float32)
     x = torch.tensor([-1e4, -90.0, -0.0, 0.0, 90.0, 1e4, float("nan")]).requires_grad_()
@@ -49,11 +57,31 @@ def test_extremes(version):
 
 def test_gradcheck_and_what_is_saved():
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    for function in (activation.gelu_reference, activation.swiglu_reference, activation.swiglu_torch):
+    for function in (
+        activation.gelu_reference, activation.swiglu_reference, activation.swiglu_torch, activation.geglu_reference,
+    ):  # fmt: skip
         assert torch.autograd.gradcheck(function, (x,))
-    for function in (activation.swiglu_torch, activation.swiglu_cpp, activation.gelu_cpp):
+    for function in (activation.swiglu_torch, activation.swiglu_cpp, activation.gelu_cpp, activation.geglu_cpp):
         saved = []
         y = torch.randn(4, 8, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):  # noqa: B023
             function(y)
         assert sum(t.numel() for t in saved) == y.numel()
+
+
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(3, 5, 64), (1, 1), (7, 17), (0, 6), (130, 33), (1, 4099)])
+@pytest.mark.parametrize("version", versions("bias_gelu"), ids=lambda v: v.name)
+def test_bias_gelu(version, shape, dtype, bias_dtype):
+    function = load(version, dtype)
+    if function is None:
+        assert version.name == "cpp" and dtype == torch.float64
+        return
+    if dtype == torch.float64 and bias_dtype:
+        return
+    g = torch.Generator().manual_seed(1)
+    x, bias = torch.randn(shape, generator=g).to(dtype), torch.randn(shape[-1:], generator=g).to(bias_dtype or dtype)
+    compare(function, lambda x, b: gelu(x + b), [x, bias], TOLERANCE[dtype])
+    strided = x.repeat_interleave(2, dim=0)[::2]
+    torch.testing.assert_close(function(strided, bias), function(x, bias))

@@ -57,3 +57,42 @@ def test_no_mask_is_saved_and_a_bad_probability_is_refused():
         assert sum(t.numel() for t in saved) == 4 + 2
         with pytest.raises(ValueError, match=r"model\.dropout"):
             call(function, torch.randn(4, 2, 8), 1.0)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("version", versions("bias_dropout_residual"), ids=lambda v: v.name)
+def test_bias_dropout_residual(version, shape, dtype, with_bias):
+    function = load(version, dtype)
+    if function is None:
+        assert version.name == "cpp" and dtype == torch.float64
+        return
+    positions, samples = torch.arange(shape[0]) + 10, torch.arange(shape[1]) + 2**32 - 1
+    kept = philox.keep_mask_reference(7, 3, [11], positions, samples, 0, shape[2], 0.3)[0]
+    numbers = dict(seed=7, step=3, site=11, positions=positions, samples=samples, probability=0.3)
+    g = torch.Generator().manual_seed(6)
+    x, residual, bias = (torch.randn(s, generator=g).to(dtype) for s in (shape, shape, shape[-1:]))
+    # The bias's gradient sums dropped gradients that bf16 has rounded.
+    if with_bias:
+        compare(
+            lambda x, r, b: function(x, b, r, **numbers), lambda x, r, b: r + (x + b) * kept / 0.7,
+            [x, residual, bias], TOLERANCE[dtype],
+        )  # fmt: skip
+    else:
+        compare(
+            lambda x, r: function(x, None, r, **numbers), lambda x, r: r + x * kept / 0.7, [x, residual],
+            TOLERANCE[dtype],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias_dropout_residual_in_cpp_is_the_reference_bit_for_bit(dtype):
+    positions, samples = torch.arange(9), torch.arange(3) + 5
+    numbers = dict(seed=7, step=3, site=11, positions=positions, samples=samples, probability=0.25)
+    g = torch.Generator().manual_seed(6)
+    x, residual, bias = (torch.randn(s, generator=g).to(dtype) for s in ((9, 3, 333), (9, 3, 333), (333,)))
+    results = [load(v, dtype)(x, bias, residual, **numbers) for v in versions("bias_dropout_residual")]
+    assert all(torch.equal(results[0], other) for other in results)
+    with pytest.raises(ValueError, match=r"model\.dropout"):
+        load(versions("bias_dropout_residual")[0], dtype)(x, bias, residual, **{**numbers, "probability": 1.0})

@@ -18,7 +18,7 @@ def test_every_row_loads_and_every_op_has_a_reference():
 def test_auto_picks_cpp_then_torch_then_reference(monkeypatch):
     chosen = registry.choose(KernelsConfig(), CPU, torch.bfloat16).chosen
     assert chosen["rms_norm"] == chosen["ce_statistics"] == chosen["dropout"] == "cpp"
-    assert chosen["attention"] == "sdpa" and chosen["rope"] == "reference"
+    assert chosen["attention"] == "sdpa" and chosen["rope_qk"] == chosen["adamw_"] == "cpp"
     chosen = registry.choose(KernelsConfig(), CPU, torch.float16).chosen
     assert chosen["layer_norm"] == "torch" and chosen["ce_gradient_"] == "reference"
     assert set(registry.choose(KernelsConfig(), CPU, torch.float64).chosen.values()) == {"reference"}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megapre.kernels.registry import TABLE, Version, _load, usable
+from megapre.kernels.registry import BY_NAME_ONLY, TABLE, Version, _load, usable
 
 # Error is ||y - y0|| / ||y0|| over a tensor, so cancellation in single elements needs no slack of its own.
 # fp64: references only; a few hundred roundings of 1.1e-16.
@@ -23,7 +23,7 @@ def error(ours: Tensor, exact: Tensor) -> float:
 
 def versions(op: str) -> list[Version]:
     """Rows of the table for one op that have a chance on this machine's CPU."""
-    return [version for version in TABLE if version.op == op and version.name != "cuda"]
+    return [version for version in TABLE if version.op == op and version.name not in BY_NAME_ONLY]
 
 
 def load(version: Version, dtype: torch.dtype) -> Callable | None:

@@ -1,0 +1,168 @@
+"""The output layer and its cross-entropy by chunks of rows, so that the logits never exist in whole.
+
+For a chunk of rows: logits = x W^T into a reused buffer, local statistics, exchange over the vocabulary's ranks,
+gradient in place (``megapre/kernels/cross_entropy.py``), its product with W into dx and with x added to dW. Loss and
+gradients come from one pass over the chunks, 3 products in all; the row scale must hold every factor of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megapre.kernels import cross_entropy
+
+Exchange = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(max, sumexp, target's logit, logit sum) of this rank -> (lse, target's logit, logit sum) over all; each [rows]."""
+
+ROWS = 768
+"""Rows of a chunk on the CPU, where 512 to 2048 differ by a few percent: dW is read and written once a chunk. A GPU,
+whose products are faster against its memory, wants 2048 and more."""
+COLUMNS = 4096
+"""Vocabulary rows of a product dlogits^T x that exist at a time where the product is narrower than ``main_grad``."""
+
+Add = Callable[[Tensor, Tensor], object]
+"""Adds its second argument to its first, which may be wider."""
+
+
+def alone(maximum: Tensor, total: Tensor, target: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The exchange of a rank that holds the whole vocabulary."""
+    return maximum + torch.log(total), target, level
+
+
+def linear_ce_reference(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    valid: int,
+    *,
+    main_grad: Tensor | None,
+    exchange: Exchange = alone,
+    smoothing: float = 0.0,
+    vocab: int = 0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Row losses [n] of logits x W^T, and the gradient of sum(scale x loss) with respect to x.
+
+    x [n, h]; weight [v, h], this rank's part of the vocabulary of which ``valid`` rows are real; targets int64 [n],
+    local; scale [n] fp32 (fp64 for fp64), 0 where a row is ignored. The gradient of the weight is added to
+    ``main_grad`` [v, h] (fp32; fp64 for fp64); None means that no gradient is wanted, and the second result is empty.
+    With a shared vocabulary the gradient of x is this rank's part of a sum. Not an autograd function. Raises
+    ValueError for shapes that do not fit together.
+    """
+    check(x, weight, targets, scale, valid, main_grad)
+    x, weight = x.detach(), weight.detach()
+    options = {"smoothing": smoothing, "vocab": vocab, "z_loss": z_loss}
+    logits = x @ weight.t()
+    lse, target, level = exchange(*cross_entropy.statistics_reference(logits, targets, valid))
+    losses = _losses(lse, target, level, scale, options)
+    if main_grad is None:
+        return losses, x.new_empty((0, x.shape[1]))
+    cross_entropy.gradient_reference_(logits, targets, lse, scale, valid, **options)  # type: ignore[arg-type]
+    main_grad.add_(logits.to(main_grad.dtype).t() @ x.to(main_grad.dtype))
+    return losses, logits @ weight
+
+
+def linear_ce_torch(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    valid: int,
+    *,
+    main_grad: Tensor | None,
+    exchange: Exchange = alone,
+    smoothing: float = 0.0,
+    vocab: int = 0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``linear_ce_reference`` by chunks, with the references of the local parts."""
+    parts = (cross_entropy.statistics_reference, cross_entropy.gradient_reference_)
+    options = {"smoothing": smoothing, "vocab": vocab, "z_loss": z_loss}
+    return chunked(*parts, x, weight, targets, scale, valid, main_grad, exchange, options)
+
+
+def linear_ce_cpp(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    valid: int,
+    *,
+    main_grad: Tensor | None,
+    exchange: Exchange = alone,
+    smoothing: float = 0.0,
+    vocab: int = 0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``linear_ce_reference`` by chunks, with the local parts in C++; CPU, fp32 or bf16."""
+    parts = (cross_entropy.statistics_cpp, cross_entropy.gradient_cpp_)
+    options = {"smoothing": smoothing, "vocab": vocab, "z_loss": z_loss}
+    # torch's sum of two types is several times slower than memory.
+    add_ = torch.ops.megapre.accumulate_ if main_grad is not None and main_grad.is_contiguous() else Tensor.add_
+    return chunked(*parts, x, weight, targets, scale, valid, main_grad, exchange, options, add_=add_)
+
+
+def chunked(
+    statistics: Callable[..., cross_entropy.Statistics],
+    gradient_: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    valid: int,
+    main_grad: Tensor | None,
+    exchange: Exchange,
+    options: dict[str, float],
+    rows: int = ROWS,
+    add_: Add = Tensor.add_,
+) -> tuple[Tensor, Tensor]:
+    """Any version from the versions of its two local parts; ``options``: smoothing, vocab, z_loss."""
+    check(x, weight, targets, scale, valid, main_grad)
+    x, weight = x.detach(), weight.detach()
+    n = x.shape[0]
+    losses = torch.empty(n, dtype=scale.dtype, device=x.device)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if main_grad is not None else x[:0]
+    buffer = x.new_empty((min(rows, n), weight.shape[0]))
+    for start in range(0, n, rows):
+        piece = slice(start, min(start + rows, n))
+        logits = buffer[: piece.stop - start]
+        torch.mm(x[piece], weight.t(), out=logits)
+        lse, target, level = exchange(*statistics(logits, targets[piece], valid))
+        losses[piece] = _losses(lse, target, level, scale[piece], options)
+        if main_grad is None:
+            continue
+        gradient_(logits, targets[piece], lse, scale[piece], valid, **options)
+        torch.mm(logits, weight, out=dx[piece])
+        add_product_(main_grad, logits, x[piece], add_)
+    return losses, dx
+
+
+def add_product_(main_grad: Tensor, dlogits: Tensor, x: Tensor, add_: Add) -> None:
+    """Add dlogits^T x to ``main_grad``, which is fp32 where the others may be narrower."""
+    if main_grad.dtype == x.dtype:
+        main_grad.addmm_(dlogits.t(), x)
+        return
+    for start in range(0, main_grad.shape[0], COLUMNS):  # the narrow product stays a small temporary
+        piece = slice(start, start + COLUMNS)
+        add_(main_grad[piece], dlogits[:, piece].t() @ x)
+
+
+def check(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, valid: int, main_grad: Tensor | None) -> None:
+    """Raises ValueError in one sentence for shapes that do not fit together."""
+    fits = x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1]
+    fits = fits and targets.shape == scale.shape == x.shape[:1] and 0 <= valid <= weight.shape[0]
+    if not fits or (main_grad is not None and main_grad.shape != weight.shape):
+        shapes = [list(t.shape) for t in (x, weight, targets, scale, *([] if main_grad is None else [main_grad]))]
+        raise ValueError(
+            f"linear_cross_entropy: x [n, h], weight and main_grad [v, h], targets and scale [n] with valid <= v are "
+            f"needed, not {shapes} with valid = {valid}"
+        )
+
+
+def _losses(lse: Tensor, target: Tensor, level: Tensor, scale: Tensor, options: dict[str, float]) -> Tensor:
+    found = cross_entropy.losses(lse, target, level, **options)  # type: ignore[arg-type]
+    return torch.where(scale == 0, 0.0, found)  # an ignored row may hold anything
