@@ -1,7 +1,6 @@
 // The keep mask of one dropout site: bytes [positions, samples, features], four features a thread.
 // Not yet executed on a GPU.
-#include <cuda_runtime.h>
-
+#include "common.cuh"
 #include "philox.cuh"
 
 namespace {
@@ -26,14 +25,13 @@ __global__ void keep_mask(uint8_t* out, const int64_t* positions, const int64_t*
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) int megapre_keep_mask(
-    void* out, const void* positions, const void* samples, int64_t P, int64_t B, int64_t features, uint32_t key,
-    uint32_t step, uint32_t site, uint32_t threshold, void* stream) {
+MEGAPRE_EXPORT int megapre_keep_mask(void* out, const void* positions, const void* samples, int64_t P, int64_t B,
+                                     int64_t features, uint32_t key, uint32_t step, uint32_t site, uint32_t threshold,
+                                     void* stream) {
   const int64_t groups = (features + 3) / 4, total = P * B * groups;
   if (total == 0) return 0;
-  const int64_t blocks = (total + 255) / 256;
-  keep_mask<<<(unsigned)(blocks < 65536 ? blocks : 65536), 256, 0, (cudaStream_t)stream>>>(
-      (uint8_t*)out, (const int64_t*)positions, (const int64_t*)samples, B, features, groups, total, key, step, site,
-      threshold);
+  const int64_t blocks = ceil_div(total, 256);
+  LAUNCH(keep_mask, dim3((unsigned)(blocks < 65536 ? blocks : 65536)), dim3(256), 0, (cudaStream_t)stream, (uint8_t*)out,
+         (const int64_t*)positions, (const int64_t*)samples, B, features, groups, total, key, step, site, threshold);
   return (int)cudaGetLastError();
 }
