@@ -1,0 +1,68 @@
+"""The output layer and its cross-entropy by chunks, local parts in Triton, products by torch (cuBLAS).
+
+The contract is that of ``megapre/kernels/linear_cross_entropy.py``. On a rank that holds the whole vocabulary a chunk's
+statistics and gradient are one launch. A chunk has ``ROWS`` rows: W is read twice and dW read and written once a chunk,
+14 GB in all at 8192 rows of 4096 features and 128,256 entries, where chunks of 256 rows take 148.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megapre.kernels import cross_entropy as local
+from megapre.kernels import linear_cross_entropy as whole
+from megapre.kernels.linear_cross_entropy import Exchange, alone
+from megapre.kernels.triton.cross_entropy import gradient_triton_, statistics_triton, whole_triton_
+
+ROWS = 2048
+
+
+def linear_ce_triton(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    valid: int,
+    *,
+    main_grad: Tensor | None,
+    exchange: Exchange = alone,
+    smoothing: float = 0.0,
+    vocab: int = 0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Row losses [n] and the gradient of x [n, h]; that of the weight is added to ``main_grad`` fp32 [v, h]."""
+    whole.check(x, weight, targets, scale, valid, main_grad)
+    options = {"smoothing": smoothing, "vocab": vocab, "z_loss": z_loss}
+    local.check_smoothing(smoothing, vocab)
+    n = x.shape[0]
+    losses = torch.empty(n, dtype=torch.float32, device=x.device)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if main_grad is not None else x[:0]
+    buffer = x.new_empty((min(ROWS, n), weight.shape[0]))
+    at_once = exchange is alone and main_grad is not None and vocab in (0, valid)
+    for start in range(0, n, ROWS):
+        piece = slice(start, min(start + ROWS, n))
+        logits = buffer[: piece.stop - start]
+        torch.mm(x[piece], weight.t(), out=logits)
+        if at_once:
+            lse, target, level = whole_triton_(
+                logits, targets[piece], scale[piece], valid, smoothing=smoothing, z_loss=z_loss
+            )
+        else:
+            lse, target, level = exchange(*statistics_triton(logits, targets[piece], valid))
+            if main_grad is not None:
+                gradient_triton_(logits, targets[piece], lse, scale[piece], valid, **options)  # type: ignore[arg-type]
+        found = local.losses(lse, target, level, **options)  # type: ignore[arg-type]
+        losses[piece] = torch.where(scale[piece] == 0, 0.0, found)
+        if main_grad is not None:
+            torch.mm(logits, weight, out=dx[piece])
+            _accumulate(main_grad, logits, x[piece])
+    return losses, dx
+
+
+def _accumulate(main_grad: Tensor, dlogits: Tensor, x: Tensor) -> None:
+    if main_grad.device.type == "cuda" and main_grad.dtype != x.dtype:
+        # cuBLAS multiplies in bf16 and adds into fp32 in one pass.
+        torch.addmm(main_grad, dlogits.t(), x, out_dtype=main_grad.dtype, out=main_grad)
+    else:
+        whole.add_product_(main_grad, dlogits, x, torch.Tensor.add_)

@@ -1,0 +1,195 @@
+"""LayerNorm and RMSNorm in Triton, each with an optional residual added in the same read; formulas in ``norm.py``.
+
+Traffic an element of 2 bytes: forward x read and y written, 4 B (8 B with the residual read and the sum written);
+backward x and dy read and dx written, 6 B (8 B with the sum's gradient read). A row stays in registers, so its width is
+at most ``WIDEST``. The weight's gradient is summed in fp32 by at most two programs for each multiprocessor, each over
+its own rows, then over the programs in a fixed order: two runs give the same bits.
+"""
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megapre.kernels.triton import launch
+
+WIDEST = 8192
+"""Above it the sums of the weight's gradient no longer fit beside the row."""
+
+
+@triton.jit
+def _forward(
+    x, residual, weight, bias, y, h, mean, rstd, width, eps,
+    LAYER: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    wide = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        wide += tl.load(residual + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        narrow = wide.to(h.dtype.element_ty)
+        tl.store(h + row * width + column, narrow, mask=inside)
+        wide = narrow.to(tl.float32)
+    if LAYER:
+        centre = tl.sum(wide, 0) / width
+        wide = tl.where(inside, wide - centre, 0.0)
+        tl.store(mean + row, centre)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    tl.store(rstd + row, scale)
+    out = wide * scale * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        out += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * width + column, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    dy, dh, x, weight, mean, rstd, dx, partial, rows, width,
+    LAYER: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    for index in range(program, rows, programs):
+        row = tl.cast(index, tl.int64)
+        scale = tl.load(rstd + row)
+        normed = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(dy + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        if LAYER:
+            normed = tl.where(inside, normed - tl.load(mean + row), 0.0)
+        normed *= scale
+        dweight += grad * normed
+        if BIAS:
+            dbias += grad
+        grad *= gain
+        along = tl.sum(grad * normed, 0) / width
+        if LAYER:
+            grad -= tl.sum(grad, 0) / width
+        out = (grad - normed * along) * scale
+        if RESIDUAL:
+            out += tl.load(dh + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + row * width + column, out.to(dx.dtype.element_ty), mask=inside)
+    tl.store(partial + program * width + column, dweight, mask=inside)
+    if BIAS:
+        tl.store(partial + (programs + program) * width + column, dbias, mask=inside)
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, layer: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Norm of contiguous x [rows, width]: y, h = x + residual (x itself without one), mean and 1/std fp32 [rows].
+
+    Raises ValueError for a type or width that the kernel does not take.
+    """
+    rows, width = x.shape
+    launch.check("norm", x, residual, weight, bias)
+    if width > WIDEST:
+        raise ValueError(
+            f"triton norm keeps a row in registers, up to {WIDEST} features, not {width}: set kernels.norm"
+        )
+    y, h = torch.empty_like(x), x if residual is None else torch.empty_like(x)
+    rstd = x.new_empty(rows, dtype=torch.float32)
+    mean = torch.empty_like(rstd) if layer else rstd
+    block = max(16, launch.power_of_two(width))
+    if rows:
+        with launch.on(x):
+            _forward[(rows,)](
+                x, x if residual is None else residual, weight, weight if bias is None else bias, y, h, mean, rstd,
+                width, eps, LAYER=layer, RESIDUAL=residual is not None, BIAS=bias is not None, BLOCK=block,
+                num_warps=launch.warps(block, most=16),
+            )  # fmt: skip
+    return y, h, mean, rstd
+
+
+def backward(
+    dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, layer: bool, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of contiguous x [rows, width] (plus dh, where given) and, fp32 [1 or 2, width], of weight and bias."""
+    rows, width = x.shape
+    dx = torch.empty_like(x)
+    programs = min(rows, launch.residents(x))
+    partial = x.new_empty((2 if bias else 1, programs, width), dtype=torch.float32)
+    block = max(16, launch.power_of_two(width))
+    if not rows:
+        return dx, partial.sum(1)
+    # 8 elements to a thread leave registers for the sums of LayerNorm's bias, or for dh; 16 take fewer instructions.
+    each = 16 if block == 4096 and not layer and dh is None else 8
+    with launch.on(x):
+        _backward[(programs,)](
+            dy, dy if dh is None else dh, x, weight, mean, rstd, dx, partial, rows, width,
+            LAYER=layer, RESIDUAL=dh is not None, BIAS=bias, BLOCK=block, num_warps=launch.warps(block, each),
+        )  # fmt: skip
+    return dx, launch.column_sum(partial)
+
+
+def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm of x [..., width] in Triton; CUDA, fp32, bf16 or fp16."""
+    return _Norm.apply(x, weight, bias, eps, True)
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x [..., width] in Triton; CUDA, fp32, bf16 or fp16."""
+    return _Norm.apply(x, weight, None, eps, False)
+
+
+def add_layer_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(LayerNorm(h), h = x + residual) of x [..., width] in one Triton kernel."""
+    return _AddNorm.apply(x, residual, weight, bias, eps, True)
+
+
+def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(RMSNorm(h), h = x + residual) of x [..., width] in one Triton kernel."""
+    return _AddNorm.apply(x, residual, weight, None, eps, False)
+
+
+class _Norm(torch.autograd.Function):
+    """Saves x and one or two numbers a row."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, layer):
+        rows = launch.flat_rows(x)
+        y, _, mean, rstd = forward(rows, None, weight.contiguous(), bias, eps, layer)
+        ctx.save_for_backward(rows, weight, mean, rstd)
+        ctx.layer, ctx.bias = layer, None if bias is None else bias.dtype
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        rows, weight, mean, rstd = ctx.saved_tensors
+        bias = ctx.bias is not None
+        dx, sums = backward(launch.flat_rows(dy), None, rows, weight.contiguous(), mean, rstd, ctx.layer, bias)
+        return dx.view(dy.shape), sums[0].to(weight.dtype), sums[1].to(ctx.bias) if bias else None, None, None
+
+
+class _AddNorm(torch.autograd.Function):
+    """Saves the sum, which is an output anyway, and one or two numbers a row."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps, layer):
+        y, h, mean, rstd = forward(
+            launch.flat_rows(x), launch.flat_rows(residual), weight.contiguous(), bias, eps, layer
+        )
+        h = h.view(x.shape)
+        ctx.save_for_backward(h, weight, mean, rstd)
+        ctx.layer, ctx.bias = layer, None if bias is None else bias.dtype
+        return y.view(x.shape), h
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        h, weight, mean, rstd = ctx.saved_tensors
+        bias = ctx.bias is not None
+        rows = launch.flat_rows(h)
+        dx, sums = backward(
+            launch.flat_rows(dy), launch.flat_rows(dh), rows, weight.contiguous(), mean, rstd, ctx.layer, bias
+        )
+        dx = dx.view(h.shape)
+        return dx, dx, sums[0].to(weight.dtype), sums[1].to(ctx.bias) if bias else None, None, None
