@@ -35,6 +35,7 @@ def linear_ce_triton(
     whole.check(x, weight, targets, scale, valid, main_grad)
     options = {"smoothing": smoothing, "vocab": vocab, "z_loss": z_loss}
     local.check_smoothing(smoothing, vocab)
+    x, weight = x.detach(), weight.detach()  # products into given memory are not for autograd
     n = x.shape[0]
     losses = torch.empty(n, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if main_grad is not None else x[:0]
@@ -65,4 +66,4 @@ def _accumulate(main_grad: Tensor, dlogits: Tensor, x: Tensor) -> None:
         # cuBLAS multiplies in bf16 and adds into fp32 in one pass.
         torch.addmm(main_grad, dlogits.t(), x, out_dtype=main_grad.dtype, out=main_grad)
     else:
-        whole.add_product_(main_grad, dlogits, x, torch.Tensor.add_)
+        whole.add_product_(main_grad, dlogits, x, Tensor.add_)

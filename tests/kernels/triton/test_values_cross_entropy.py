@@ -121,6 +121,7 @@ def test_linear_cross_entropy(shared, options, dtype, device, monkeypatch):
     monkeypatch.setattr(linear_cross_entropy, "ROWS", 4)
     n, h, v, valid = 11, 24, 50, 45
     x, weight = draw((n, h), dtype, device, 1), draw((v, h), dtype, device, 2)
+    weight.requires_grad_()
     targets = torch.randint(0, valid, (n,), generator=torch.Generator().manual_seed(3)).to(device)
     scale = torch.rand(n, generator=torch.Generator().manual_seed(4)).to(device)
     scale[3] = 0
