@@ -34,14 +34,11 @@ class FifoAxis(Axis):
 
     def __init__(self, axis: Axis) -> None:
         super().__init__(axis.name, axis.rank, axis.size, axis.group)
-        self._queue: SimpleQueue[tuple[Callable[[], None], threading.Event]] = SimpleQueue()
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._queue: SimpleQueue[tuple[Callable[[], None], threading.Event] | None] = SimpleQueue()
+        threading.Thread(target=_serve, args=(self._queue,), daemon=True).start()
 
-    def _serve(self) -> None:
-        while True:
-            operation, finished = self._queue.get()
-            operation()
-            finished.set()
+    def __del__(self) -> None:
+        self._queue.put(None)
 
     def _post(self, operation: Callable[[Tensor], Work], result: Tensor | None) -> Work:
         """Queue ``operation``; it works on a copy of ``result`` that ``wait`` puts back."""
@@ -83,6 +80,15 @@ class FifoAxis(Axis):
     def exchange(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Work:
         """As Axis."""
         return self._post(lambda x: super(FifoAxis, self).exchange(tensor, to, x, source), received)
+
+
+def _serve(queue: SimpleQueue[tuple[Callable[[], None], threading.Event] | None]) -> None:
+    """Run what is queued, in order, until the axis is gone. Holds no axis, or none would ever go."""
+    while (item := queue.get()) is not None:
+        operation, finished = item
+        operation()
+        finished.set()
+        del item, operation
 
 
 class _Queued:

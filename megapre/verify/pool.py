@@ -6,6 +6,7 @@ task gets its own rendezvous; a task that fails or hangs ends the pool's process
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -112,6 +113,8 @@ def _work(connection: Connection, threads: int) -> None:
             module, function = name.split(":")
             value = getattr(importlib.import_module(module), function)(ranks, *args)
             connection.send((True, value))
+            del value
+            gc.collect()  # engines hold cycles, and with them their process groups and the threads of these
         except BaseException:
             connection.send((False, traceback.format_exc()))
             return
