@@ -261,7 +261,7 @@ class KernelsConfig:
     dropout: str = "auto"
     """Counter-based dropout, alone or with a bias and a residual sum."""
     optimizer: str = "auto"
-    """AdamW over flat shards and the gradients' sum of squares."""
+    """AdamW over flat shards and the gradients' sum of squares; listed and tested, not yet used by training."""
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,6 @@ class AdamW:
                 self.runs[decay].append((master[run], gradients[run], moments[0][run], moments[1][run]))
         self.steps = torch.zeros((), dtype=torch.float32, device=device)
 
-    def copy_from_model(self) -> None:
-        """Take the model's weights as master weights (after initialisation)."""
-        for bucket, master in zip(self.buffers.layout.buckets, self.state["weight"]):
-            start, end = self.buffers.shard(bucket)
-            master.copy_(self.buffers.weights[start:end])
-
     def step(self, lr: Tensor, divisor: Tensor, skip: Tensor) -> None:
         """Update the weights with gradient / ``divisor`` unless ``skip`` is 1; all are 0-d device tensors."""
         self.steps += 1 - skip
