@@ -116,6 +116,14 @@ def verify(args: argparse.Namespace) -> int:
     return run(config, layouts, args.ranks)
 
 
+def trace(args: argparse.Namespace) -> int:
+    """``megapre trace``: one rank of the job's grid, of any size, on this CPU without its memory."""
+    config = check(load(args.job, args.overrides))
+    from megapre.verify.trace import main as run
+
+    return run(config, args.rank, args.json)
+
+
 def kernels(args: argparse.Namespace) -> int:
     """``megapre kernels``: the versions of every op, which one runs here, and why another does not."""
     import torch
@@ -233,6 +241,9 @@ def _parser() -> argparse.ArgumentParser:
     added = verb("verify", verify, "prove a job's layouts equal to an unsharded fp64 reference", job=True)
     added.add_argument("--layouts", default="all", help="'all', or TPxPPxDP separated by commas (default: all)")
     added.add_argument("--ranks", type=int, default=4, help="most ranks of a layout under 'all' (default: 4)")
+    added = verb("trace", trace, "peak memory and bytes sent of one rank of any grid, without GPUs", job=True)
+    added.add_argument("--rank", type=int, default=0, help="the rank to trace (default: 0)")
+    added.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
     added = verb("kernels", kernels, "list the versions of every op and which one runs here")
     added.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is one")
     added.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")

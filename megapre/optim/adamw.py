@@ -66,7 +66,7 @@ class AdamW:
         for bucket, master in zip(self.buffers.layout.buckets, self.state["weight"]):
             start, end = self.buffers.shard(bucket)
             model = self.buffers.weights[start:end]
-            if model.data_ptr() != master.data_ptr():
+            if model.dtype != master.dtype:  # else they are one memory
                 model.copy_(master)
         self.buffers.gather_weights()
 

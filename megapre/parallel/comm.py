@@ -68,7 +68,7 @@ class Axis:
     def all_gather(self, output: Tensor, shard: Tensor) -> Work:
         """Concatenate every rank's ``shard`` along dimension 0 into ``output``; ``shard`` may lie inside it."""
         if self.size == 1:
-            if output.data_ptr() != shard.data_ptr():
+            if not _same(output, shard):
                 output.copy_(shard)
             return Done()
         return _all_gather(output, shard, group=self.group, async_op=True)
@@ -76,7 +76,7 @@ class Axis:
     def reduce_scatter(self, shard: Tensor, tensor: Tensor) -> Work:
         """Sum ``tensor`` over the axis; this rank's part of dimension 0 lands in ``shard``."""
         if self.size == 1:
-            if shard.data_ptr() != tensor.data_ptr():
+            if not _same(shard, tensor):
                 shard.copy_(tensor)
             return Done()
         return _reduce_scatter(shard, tensor, group=self.group, async_op=True)
@@ -126,6 +126,11 @@ class Axis:
         """Return when every rank of the axis has arrived."""
         if self.size > 1:
             self.all_reduce(torch.zeros(1)).wait()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether both begin at the same element of the same memory; also answers for fake tensors, which have none."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
 
 
 def _posted(work: Work | None) -> Work:

@@ -51,12 +51,17 @@ def single() -> Grid:
 
 
 def build(
-    parallel: ParallelConfig, device: torch.device, *, kv_copies: int = 1, tied: tuple[int, int] | None = None
+    parallel: ParallelConfig,
+    device: torch.device,
+    *,
+    kv_copies: int = 1,
+    tied: tuple[int, int] | None = None,
+    host: str = "gloo",
 ) -> Grid:
     """Create every process group of the grid; all ranks call this together after ``init_process_group``.
 
     ``kv_copies`` tensor ranks hold each key/value head; ``tied`` are the pipeline ranks that both hold the tied
-    embedding.
+    embedding; ``host`` is the backend of the axis over CPU memory.
     """
     shape = (parallel.pipeline, parallel.data, parallel.context, parallel.tensor)
     size = prod(shape)
@@ -91,7 +96,7 @@ def build(
     data = own("data")
     return Grid(
         world=Axis("world", dist.get_rank(), size, dist.group.WORLD),
-        host=Axis("host", dist.get_rank(), size, dist.new_group(backend="gloo")),
+        host=Axis("host", dist.get_rank(), size, dist.new_group(backend=host)),
         pipeline=own("pipeline"),
         backward=lines("backward", stages),
         data=data,

@@ -30,13 +30,18 @@ def connected(config: Config, ranks: Ranks) -> Iterator[tuple[Grid, torch.device
     try:
         if ranks.world > 1:
             join(ranks, device, config.resilience.timeout)
-        copies = kv_copies(config.model, config.parallel.tensor)
-        owners = stage_owners(config.parallel)
-        tied = (owners[0], owners[-1]) if config.model.tied_embeddings else None
-        yield grids.build(config.parallel, device, kv_copies=copies, tied=tied), device
+        yield build_grid(config, device), device
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def build_grid(config: Config, device: torch.device, host: str = "gloo") -> Grid:
+    """The job's grid over the default process group; ``host`` is the backend of the axis over CPU memory."""
+    owners = stage_owners(config.parallel)
+    tied = (owners[0], owners[-1]) if config.model.tied_embeddings else None
+    copies = kv_copies(config.model, config.parallel.tensor)
+    return grids.build(config.parallel, device, kv_copies=copies, tied=tied, host=host)
 
 
 def join(ranks: Ranks, device: torch.device, timeout: int) -> None:

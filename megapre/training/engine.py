@@ -23,10 +23,11 @@ class Engine:
     step: TrainStep
 
 
-def build(config: Config, grid: Grid, device: torch.device, vocab_size: int) -> Engine:
-    """An engine with initial weights."""
+def build(config: Config, grid: Grid, device: torch.device, vocab_size: int, *, initialise: bool = True) -> Engine:
+    """An engine with initial weights, or with zeros for who only wants shapes."""
     kernels = choose(config.kernels, device, DTYPES[config.precision.dtype])
     model = Model(config, grid, kernels, vocab_size, device)
-    model.initialise(config.train.seed)
+    if initialise:
+        model.initialise(config.train.seed)
     step = TrainStep(config, model, kernels)
     return Engine(grid, kernels, model, step)
