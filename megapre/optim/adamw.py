@@ -76,12 +76,11 @@ class AdamW:
         With ``share`` the ranks' pieces tile every logical tensor exactly once, for saving: replicas leave the
         writing to the primary, and data ranks split it as ZeRO-1 would. Without, all that this rank updates.
         """
-        replicas = self.buffers.grid.replicas
         for index, bucket in enumerate(self.buffers.layout.buckets):
             origin, end = self.buffers.shard(bucket)
             start = origin
             if share:
-                start, end = bucket.shard(replicas.rank, replicas.size)
+                start, end = self.buffers.share(bucket)
             for slot in bucket.slots:
                 if share and not slot.primary:
                     continue

@@ -17,10 +17,9 @@ class GradientNorm:
 
     def __init__(self, buffers: Buffers) -> None:
         self.world = buffers.grid.world
-        replicas = buffers.grid.replicas
         self.pieces: list[Tensor] = []
         for bucket in buffers.layout.buckets:
-            start, end = bucket.shard(replicas.rank, replicas.size)
+            start, end = buffers.share(bucket)
             for slot in bucket.slots:
                 a, b = max(start, slot.start), min(end, slot.end)
                 if slot.primary and a < b:

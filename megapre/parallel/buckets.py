@@ -47,11 +47,18 @@ class Buffers:
         parameter.queue = self.queue  # type: ignore[attr-defined]
         return parameter
 
+    def replicas(self, bucket: Bucket) -> Axis:
+        """The ranks that hold the same weights as this one, over which ``bucket`` is reduced and sharded."""
+        return self.grid.replicas
+
+    def share(self, bucket: Bucket) -> tuple[int, int]:
+        """Flat range of ``bucket`` that this rank speaks for among its replicas."""
+        axis = self.replicas(bucket)
+        return bucket.shard(axis.rank, axis.size)
+
     def shard(self, bucket: Bucket) -> tuple[int, int]:
         """Flat range of ``bucket`` that this rank's optimizer updates."""
-        if self.zero:
-            return bucket.shard(self.grid.replicas.rank, self.grid.replicas.size)
-        return bucket.start, bucket.end
+        return self.share(bucket) if self.zero else (bucket.start, bucket.end)
 
     def start_step(self) -> None:
         """Forget the last step's gradients; every layer is expected to report once."""
@@ -98,16 +105,16 @@ class Buffers:
         for bucket in self.layout.buckets:
             start, end = self.shard(bucket)
             whole = self.weights[bucket.start : bucket.end]
-            works.append(self.grid.replicas.all_gather(whole, self.weights[start:end]))
+            works.append(self.replicas(bucket).all_gather(whole, self.weights[start:end]))
         for work in works:
             work.wait()
 
     def _reduce(self, bucket: Bucket) -> Work:
         whole = self.gradients[bucket.start : bucket.end]
         if not self.zero:
-            return self.grid.replicas.all_reduce(whole)
+            return self.replicas(bucket).all_reduce(whole)
         start, end = self.shard(bucket)
-        return self.grid.replicas.reduce_scatter(self.gradients[start:end], whole)
+        return self.replicas(bucket).reduce_scatter(self.gradients[start:end], whole)
 
     def _partial_runs(self, layer: int) -> list[tuple[slice, Axis]]:
         """Neighbouring slots of ``layer`` whose gradients the same axis must sum."""

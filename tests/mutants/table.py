@@ -76,9 +76,9 @@ MUTANTS = (
     Mutant(
         "mean-over-data-ranks",
         "megapre/parallel/buckets.py",
-        "        if not self.zero:\n            return self.grid.data.all_reduce(whole)",
+        "        if not self.zero:\n            return self.replicas(bucket).all_reduce(whole)",
         "        whole /= self.grid.data.size\n"
-        "        if not self.zero:\n            return self.grid.data.all_reduce(whole)",
+        "        if not self.zero:\n            return self.replicas(bucket).all_reduce(whole)",
         f"{LAYOUTS}[gpt-1x1x2]",
         "transformers #34242: a second average over ranks",
     ),
