@@ -54,6 +54,8 @@ RANGES = {
     "parallel.tensor": COUNT,
     "parallel.pipeline": COUNT,
     "parallel.context": COUNT,
+    "parallel.expert": COUNT,
+    "parallel.expert_tensor": COUNT,
     "parallel.chunks": COUNT,
     "parallel.recompute_layers": NATURAL,
     "parallel.data": NATURAL,

@@ -114,6 +114,10 @@ class ParallelConfig:
     """Context-parallel ranks: each holds a part of every sequence."""
     context_method: str = "ring"
     """``ring`` attention (arXiv 2310.01889, zigzag) or ``ulysses`` (arXiv 2309.14509, all-to-all over heads)."""
+    expert: int = 1
+    """Expert-parallel ranks, among which a layer's experts are dealt out; divides data x context x tensor."""
+    expert_tensor: int = 1
+    """Tensor-parallel ranks of each expert: 1 or another divisor of ``tensor``."""
     sequence: bool = False
     """Megatron sequence parallelism (arXiv 2205.05198): norms and dropout work on a shard of the sequence."""
     zero: int = 0

@@ -49,7 +49,8 @@ class Buffers:
 
     def replicas(self, bucket: Bucket) -> Axis:
         """The ranks that hold the same weights as this one, over which ``bucket`` is reduced and sharded."""
-        return self.grid.replicas
+        axis: Axis = getattr(self.grid, bucket.replicas)
+        return axis
 
     def share(self, bucket: Bucket) -> tuple[int, int]:
         """Flat range of ``bucket`` that this rank speaks for among its replicas."""

@@ -40,9 +40,18 @@ class Grid:
     """Neighbours on the tensor axis that hold the same key/value head."""
     tied: Axis
     """The two ranks of a pipeline that both hold tied embeddings; size 1 on all others."""
+    expert: Axis
+    """Ranks that share the experts out among them: tokens travel over it."""
+    expert_tensor: Axis
+    """Neighbours on the tensor axis that share each expert."""
+    expert_replicas: Axis
+    """Ranks of a stage that hold the same experts."""
 
 
-AXES = ("world", "host", "pipeline", "backward", "data", "context", "replicas", "tensor", "kv", "tied")
+AXES = (
+    "world", "host", "pipeline", "backward", "data", "context", "replicas", "tensor", "kv", "tied", "expert",
+    "expert_tensor", "expert_replicas",
+)  # fmt: skip
 
 
 def single() -> Grid:
@@ -56,12 +65,14 @@ def build(
     *,
     kv_copies: int = 1,
     tied: tuple[int, int] | None = None,
+    experts: bool = False,
     host: str = "gloo",
 ) -> Grid:
     """Create every process group of the grid; all ranks call this together after ``init_process_group``.
 
     ``kv_copies`` tensor ranks hold each key/value head; ``tied`` are the pipeline ranks that both hold the tied
-    embedding; ``host`` is the backend of the axis over CPU memory.
+    embedding; ``experts`` tells whether the model has any; ``host`` is the backend of the axis over CPU memory. The
+    expert mesh cuts the ranks of a stage another way: replicas x expert x expert_tensor, the last innermost.
     """
     shape = (parallel.pipeline, parallel.data, parallel.context, parallel.tensor)
     size = prod(shape)
@@ -94,6 +105,17 @@ def build(
     stages = ranks.permute(1, 2, 3, 0).reshape(-1, parallel.pipeline)
     replicas = ranks.permute(0, 3, 1, 2).reshape(-1, parallel.data * parallel.context)
     data = own("data")
+    own_replicas = data if parallel.context == 1 else lines("replicas", replicas)
+    if experts:
+        mesh_shape = (parallel.pipeline, -1, parallel.expert, parallel.expert_tensor)
+        by_expert = ranks.reshape(mesh_shape)
+        copies = by_expert.permute(0, 2, 3, 1).flatten(0, 2)
+        same = copies.shape[1] == own_replicas.size and parallel.tensor == parallel.expert_tensor
+        expert = lines("expert", by_expert.permute(0, 1, 3, 2).flatten(0, 2))
+        expert_tensor = lines("expert_tensor", by_expert.flatten(0, 2))
+        expert_replicas = own_replicas if same else lines("expert_replicas", copies)
+    else:
+        expert, expert_tensor, expert_replicas = Axis("expert"), Axis("expert_tensor"), Axis("expert_replicas")
     return Grid(
         world=Axis("world", dist.get_rank(), size, dist.group.WORLD),
         host=Axis("host", dist.get_rank(), size, dist.new_group(backend=host)),
@@ -101,9 +123,12 @@ def build(
         backward=lines("backward", stages),
         data=data,
         context=own("context"),
-        replicas=data if parallel.context == 1 else lines("replicas", replicas),
+        replicas=own_replicas,
         tensor=own("tensor"),
         kv=lines("kv", ranks.reshape(-1, kv_copies)),
         tied=lines("tied", stages[:, sorted(set(tied))] if tied else ranks.reshape(-1, 1)),
+        expert=expert,
+        expert_tensor=expert_tensor,
+        expert_replicas=expert_replicas,
     )
 

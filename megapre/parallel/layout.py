@@ -57,11 +57,24 @@ class Bucket:
     slots: tuple[Slot, ...]
     tied: bool
     """Holds a tensor that another stage holds too: its gradient is summed over both first."""
+    replicas: str = "replicas"
+    """Axis of the ranks that hold the same weights: one for all tensors of the bucket."""
 
     def shard(self, rank: int, size: int) -> tuple[int, int]:
         """Flat range owned by replica ``rank`` of ``size``."""
         part = (self.end - self.start) // size
         return self.start + rank * part, self.start + (rank + 1) * part
+
+
+@dataclass(frozen=True)
+class ExpertPlace:
+    """Where a rank stands on the expert mesh, and the experts that it holds."""
+
+    experts: range = range(0)
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    replicas: int = 1
+    """Ranks that hold the same experts."""
 
 
 @dataclass(frozen=True)
@@ -88,32 +101,44 @@ class Layout:
         replicas: int,
         sequence_parallel: bool,
         bucket_elements: int,
+        expert: ExpertPlace = ExpertPlace(),
     ) -> Layout:
-        """Lay out the tensors that ``layers`` use, for one tensor rank and any of its ``replicas``."""
+        """Lay out the tensors that ``layers`` use, for one tensor rank and any of its ``replicas``.
+
+        Experts' tensors follow all others: their replicas are other ranks, so they share no bucket.
+        """
         held = frozenset(layers)
-        groups = _groups([spec for spec in specs if held.intersection(spec.layers)])
+        groups = _groups(
+            [s for s in specs if held.intersection(s.layers) and (s.expert is None or s.expert in expert.experts)]
+        )
         # Last layer first; inside a layer what another axis must sum first, so that it is one run.
-        groups.sort(key=lambda group: (-_finished(group[0], held), not group[0].partial(sequence_parallel)))
+        groups.sort(
+            key=lambda g: (g[0].expert is not None, -_finished(g[0], held), not g[0].partial(sequence_parallel))
+        )
+        axes = {"replicas": (tensor_rank, tensor_size, replicas)}
+        axes["expert_replicas"] = (expert.tensor_rank, expert.tensor_size, expert.replicas)
         slots: list[Slot] = []
         buckets: list[Bucket] = []
         opened = position = 0  # flat positions: start of the open bucket, end of the last slot
         first = 0  # first slot of the open bucket
         for index, group in enumerate(groups):
             tied = not held.issuperset(group[0].layers)
+            kind = group[0].replicas
+            place, places, copies = axes[kind]
             for spec in group:
-                offset, size = spec.placement.box(spec.shape, tensor_rank, tensor_size)
-                shape = spec.placement.local_shape(spec.shape, tensor_size)
-                primary = tensor_rank % spec.placement.replicas(tensor_size) == 0 and min(spec.layers) in held
+                offset, size = spec.placement.box(spec.shape, place, places)
+                shape = spec.placement.local_shape(spec.shape, places)
+                primary = place % spec.placement.replicas(places) == 0 and min(spec.layers) in held
                 partial = spec.partial(sequence_parallel)
                 slots.append(Slot(spec, _finished(spec, held), position, shape, offset, size, partial, primary))
                 position = slots[-1].end
             position = _round_up(position, ALIGNMENT)
-            last = index + 1 == len(groups)
+            last = index + 1 == len(groups) or groups[index + 1][0].replicas != kind
             # A tensor tied to another stage is alone in its bucket: both stages then reduce and update it alike.
             alone = tied or (not last and not held.issuperset(groups[index + 1][0].layers))
             if last or alone or position - opened >= bucket_elements:
-                position = opened + _round_up(position - opened, replicas * ALIGNMENT)
-                buckets.append(Bucket(opened, position, tuple(slots[first:]), tied))
+                position = opened + _round_up(position - opened, copies * ALIGNMENT)
+                buckets.append(Bucket(opened, position, tuple(slots[first:]), tied, kind))
                 opened, first = position, len(slots)
         return Layout(tuple(slots), tuple(buckets), held)
 

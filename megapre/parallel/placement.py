@@ -87,7 +87,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     """Global logical shape, without padding."""
     placement: Placement = Replicate()
-    """Placement on the tensor axis."""
+    """Placement on the tensor axis, or on the expert mesh's when it belongs to an expert."""
     layers: tuple[int, ...] = (0,)
     """Layers that use it; more than one when it is tied."""
     init: str = "normal"
@@ -97,6 +97,15 @@ class TensorSpec:
     """Whether weight decay applies."""
     fused: bool = False
     """Whether the next tensor of the list must follow it in memory, both being one matrix to the layer."""
+    expert: int | None = None
+    """The expert that it belongs to: only ranks that hold this expert hold it."""
+    token_shard: bool = False
+    """Whether each tensor rank works on other tokens with it, sequence parallelism or not (routers)."""
+
+    @property
+    def replicas(self) -> str:
+        """Axis of the ranks that hold the same box: gradients are summed over it, and ZeRO shards over it."""
+        return "replicas" if self.expert is None else "expert_replicas"
 
     def partial(self, sequence_parallel: bool) -> str:
         """Axis over which this tensor's gradient is a partial sum on each rank; empty when it is none.
@@ -104,5 +113,5 @@ class TensorSpec:
         Under sequence parallelism, what the tensor ranks replicate sees a shard of the sequence on each of them.
         """
         if isinstance(self.placement, Replicate):
-            return "tensor" if sequence_parallel else ""
+            return "tensor" if sequence_parallel or self.token_shard else ""
         return "kv" if self.placement.copies > 1 else ""
