@@ -28,7 +28,7 @@ CHOICES = {
     "parallel.context_method": ("ring", "ulysses"),
     "parallel.recompute": ("none", "selective", "full"),
     "parallel.zero": (0, 1),
-    "schedule.kind": ("cosine", "linear", "constant"),
+    "schedule.kind": ("cosine", "linear", "wsd", "inverse-sqrt", "piecewise", "constant"),
     "precision.dtype": ("fp32", "bf16", "fp16", "fp64"),
     "train.device": ("auto", "cpu", "cuda"),
 }
@@ -69,6 +69,7 @@ RANGES = {
     "schedule.warmup": NATURAL,
     "schedule.decay": NATURAL,
     "schedule.min_lr_ratio": SHARE,
+    "schedule.cooldown": NATURAL,
     "precision.initial_loss_scale": POSITIVE,
     "precision.growth_interval": COUNT,
     "train.steps": COUNT,
@@ -377,10 +378,41 @@ def warmup_ends_before_decay(config: Config) -> str | None:
     """The decay needs steps after the warm-up."""
     schedule = config.schedule
     end = schedule.decay or config.train.steps
-    if schedule.kind != "constant" and schedule.warmup >= end:
+    if schedule.kind in ("cosine", "linear") and schedule.warmup >= end:
         source = "schedule.decay" if schedule.decay else "train.steps"
         return f"schedule.warmup ({schedule.warmup}) must be below {source} ({end}), where the decay ends"
     return None
+
+
+def schedule_is_described(config: Config) -> str | None:
+    """Each schedule has what it needs, and nothing that only another one reads."""
+    schedule = config.schedule
+    kind, end = schedule.kind, schedule.decay or config.train.steps
+    if kind != "wsd" and schedule.cooldown:
+        return f"schedule.cooldown ({schedule.cooldown}) belongs to schedule.kind = 'wsd' but this one is '{kind}'"
+    if kind != "piecewise" and (schedule.milestones or schedule.factors):
+        return f"schedule.milestones and schedule.factors belong to schedule.kind = 'piecewise', not to '{kind}'"
+    if kind == "wsd" and not 0 < schedule.cooldown <= end - schedule.warmup:
+        return (
+            f"schedule.kind = 'wsd' needs schedule.cooldown between 1 and {end - schedule.warmup}, the steps from "
+            f"schedule.warmup ({schedule.warmup}) to the end of the decay ({end}), not {schedule.cooldown}"
+        )
+    if kind == "inverse-sqrt" and not schedule.warmup:
+        return "schedule.kind = 'inverse-sqrt' needs schedule.warmup of at least 1, from which the rate falls, not 0"
+    if kind != "piecewise":
+        return None
+    milestones, factors = schedule.milestones, schedule.factors
+    if not milestones or len(milestones) != len(factors):
+        return (
+            f"schedule.kind = 'piecewise' needs one of schedule.factors for each of schedule.milestones, not "
+            f"{len(factors)} for {len(milestones)}"
+        )
+    if sorted(set(milestones)) != milestones or milestones[0] < schedule.warmup:
+        return (
+            f"schedule.milestones must rise from schedule.warmup ({schedule.warmup}) or later, not "
+            f"{', '.join(map(str, milestones))}"
+        )
+    return f"schedule.factors must be at least 0, not {min(factors):g}" if min(factors) < 0 else None
 
 
 def loss_scale_is_exact(config: Config) -> str | None:
@@ -416,6 +448,7 @@ RULES = (
     objective_fits_architecture,
     masked_objective_hides,
     warmup_ends_before_decay,
+    schedule_is_described,
     loss_scale_is_exact,
     run_dir_is_named,
 )

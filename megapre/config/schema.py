@@ -159,13 +159,19 @@ class ScheduleConfig:
     """Learning rate by step: linear warm-up, then a decay."""
 
     kind: str = "cosine"
-    """``cosine``, ``linear`` or ``constant``."""
+    """``cosine``, ``linear``, ``wsd`` (warm-up, stable, decay), ``inverse-sqrt``, ``piecewise`` or ``constant``."""
     warmup: int = 0
     """Steps of linear warm-up."""
     decay: int = 0
     """Step at which the decay ends. 0 means ``train.steps``."""
     min_lr_ratio: float = 0.1
     """Final learning rate as a share of the peak."""
+    cooldown: int = 0
+    """Steps of decay at the end of ``wsd``."""
+    milestones: list[int] = field(default_factory=list)
+    """Steps at which ``piecewise`` changes the rate, rising."""
+    factors: list[float] = field(default_factory=list)
+    """Rate from each milestone on, as a share of the peak."""
 
 
 @dataclass(frozen=True)
