@@ -37,8 +37,8 @@ class _Rank:
     clock: float = 0.0
     live: int = 0
     peak: int = 0
-    done: dict[Compute, float] = field(default_factory=dict)
-    """When each compute action ended."""
+    done: dict[tuple[str, int, int], float] = field(default_factory=dict)
+    """When each compute action (kind, stage, microbatch) ended."""
     spans: list[tuple[float, float, Compute]] = field(default_factory=list)
 
 
@@ -52,7 +52,9 @@ class _Channel:
 
     sends: list[tuple[Message, float]] = field(default_factory=list)
     receives: list[tuple[Message, float]] = field(default_factory=list)
-    arrived: list[float] = field(default_factory=list)
+    arrived: dict[Message, float] = field(default_factory=dict)
+    """When each message arrived, in order."""
+    last: float = 0.0
 
     def settle(self, latency: float, name: str) -> None:
         """Complete the messages that both sides have posted."""
@@ -60,7 +62,7 @@ class _Channel:
             (sent, a), (expected, b) = self.sends[len(self.arrived)], self.receives[len(self.arrived)]
             if sent != expected:
                 raise ValueError(f"{name}: {_told(sent)} is sent where {_told(expected)} is received.")
-            self.arrived.append(max(a, b) + latency)
+            self.arrived[sent] = self.last = max(a, b) + latency
 
 
 def _told(message: Message) -> str:
@@ -68,98 +70,109 @@ def _told(message: Message) -> str:
     return f"the {'activation' if forward else 'gradient'} of microbatch {microbatch} from stage {stage}"
 
 
+Cost = float | Sequence[float]
+"""The cost of one kind of action: the same on every stage, or one for each."""
+
+
+@dataclass
+class _Network:
+    """All channels, and for each message that a rank expects the channel on which it comes."""
+
+    latency: float
+    channels: dict[tuple[int, int], _Channel] = field(default_factory=dict)
+    expected: dict[tuple[int, Message], _Channel] = field(default_factory=dict)
+
+    def between(self, source: int, target: int) -> _Channel:
+        return self.channels.setdefault((source, target), _Channel())
+
+    def post(self, index: int, rank: _Rank, transfer: Transfer) -> bool:
+        """Post one transfer of rank ``index``; False while its previous send on this channel is under way."""
+        ends = (index, transfer.peer) if transfer.send else (transfer.peer, index)
+        channel = self.between(*ends)
+        message = (transfer.forward, transfer.source, transfer.microbatch)
+        if transfer.send:
+            if len(channel.arrived) < len(channel.sends):
+                return False
+            rank.clock = max(rank.clock, channel.last)
+            channel.sends.append((message, rank.clock))
+        else:
+            channel.receives.append((message, rank.clock))
+            self.expected[index, message] = channel
+        channel.settle(self.latency, f"rank {ends[0]} to rank {ends[1]}")
+        return True
+
+    def input_ready(self, index: int, rank: _Rank, action: Compute) -> float | None:
+        """When the action's input is there: 0 when it needs none, None when it is not known yet."""
+        if action.kind == WEIGHT:
+            return rank.done.get((BACKWARD, action.stage, action.microbatch))
+        forward = action.kind == FORWARD
+        if not forward and (FORWARD, action.stage, action.microbatch) not in rank.done:
+            return None
+        message = (forward, action.stage - 1 if forward else action.stage + 1, action.microbatch)
+        channel = self.expected.get((index, message))
+        if channel is not None:
+            return channel.arrived.get(message)
+        return rank.done.get((action.kind, message[1], action.microbatch), 0.0)
+
+
 def simulate(
     plans: Sequence[Sequence[Action]],
-    forward: float = 1.0,
-    backward: float = 2.0,
-    weight: float = 1.0,
+    forward: Cost = 1.0,
+    backward: Cost = 2.0,
+    weight: Cost = 1.0,
     latency: float = 0.0,
 ) -> Prediction:
     """Run ``plans`` (one per rank) against a clock; raises ValueError where they deadlock or cross messages.
 
-    ``forward``, ``backward`` and ``weight`` are the costs of F, B and W on one stage.
+    ``forward``, ``backward`` and ``weight`` are the costs of F, B and W, of every stage or one for each.
     """
     ranks = [_Rank(plan) for plan in plans]
-    channels: dict[tuple[int, int], _Channel] = {}
-    cost = {FORWARD: forward, BACKWARD: backward, WEIGHT: weight}
-    split = any(isinstance(a, Compute) and a.kind == WEIGHT for plan in plans for a in plan)
-    frees = WEIGHT if split else BACKWARD
+    network = _Network(latency)
+    computes = [a for plan in plans for a in plan if isinstance(a, Compute)]
+    stages = 1 + max((a.stage for a in computes), default=0)
+    cost = {
+        kind: [float(given)] * stages if isinstance(given, int | float) else list(given)
+        for kind, given in ((FORWARD, forward), (BACKWARD, backward), (WEIGHT, weight))
+    }
+    frees = WEIGHT if any(a.kind == WEIGHT for a in computes) else BACKWARD
     progress = True
     while progress:
         progress = False
         for index, rank in enumerate(ranks):
-            while rank.next < len(rank.actions) and _advance(index, rank, channels, cost, frees):
+            while rank.next < len(rank.actions) and _advance(index, rank, network, cost, frees):
                 progress = True
-            for (source, target), channel in channels.items():
-                channel.settle(latency, f"rank {source} to rank {target}")
     stuck = [f"rank {i} at {r.actions[r.next]}" for i, r in enumerate(ranks) if r.next < len(r.actions)]
-    unmatched = any(len(c.sends) != len(c.receives) for c in channels.values())
+    unmatched = any(len(c.sends) != len(c.receives) for c in network.channels.values())
     if stuck or unmatched:
         raise ValueError("the schedule deadlocks: " + "; ".join(stuck or ["a message has no partner"]))
     time = max(rank.clock for rank in ranks)
     busy = sum(end - start for rank in ranks for start, end, _ in rank.spans)
     return Prediction(
         time,
-        1 - busy / (time * len(ranks)),
+        1 - busy / (time * len(ranks)) if time else 0.0,
         tuple(rank.peak for rank in ranks),
         tuple(tuple(rank.spans) for rank in ranks),
     )
 
 
-def _advance(
-    index: int, rank: _Rank, channels: dict[tuple[int, int], _Channel], cost: dict[str, float], frees: str
-) -> bool:
+def _advance(index: int, rank: _Rank, network: _Network, cost: dict[str, list[float]], frees: str) -> bool:
     """Run the rank's next action (or part of one) if nothing holds it up."""
     action = rank.actions[rank.next]
     if isinstance(action, Communicate):
-        if not _post(index, rank, action.transfers[rank.part], channels):
+        if not network.post(index, rank, action.transfers[rank.part]):
             return False
         rank.part += 1
         if rank.part == len(action.transfers):
             rank.next, rank.part = rank.next + 1, 0
         return True
-    ready = _input_ready(index, rank, action, channels)
+    ready = network.input_ready(index, rank, action)
     if ready is None:
         return False
     start = max(rank.clock, ready)
-    rank.clock = start + cost[action.kind]
+    rank.clock = start + cost[action.kind][action.stage]
     rank.spans.append((start, rank.clock, action))
-    rank.done[action] = rank.clock
+    rank.done[action.kind, action.stage, action.microbatch] = rank.clock
     rank.live += (action.kind == FORWARD) - (action.kind == frees)
     rank.peak = max(rank.peak, rank.live)
     rank.next += 1
     return True
-
-
-def _post(index: int, rank: _Rank, transfer: Transfer, channels: dict[tuple[int, int], _Channel]) -> bool:
-    key = (index, transfer.peer) if transfer.send else (transfer.peer, index)
-    channel = channels.setdefault(key, _Channel())
-    message = (transfer.forward, transfer.source, transfer.microbatch)
-    if not transfer.send:
-        channel.receives.append((message, rank.clock))
-        return True
-    if len(channel.arrived) < len(channel.sends):
-        return False  # the previous send on this channel is under way
-    rank.clock = max([rank.clock, *channel.arrived[-1:]])
-    channel.sends.append((message, rank.clock))
-    return True
-
-
-def _input_ready(
-    index: int, rank: _Rank, action: Compute, channels: dict[tuple[int, int], _Channel]
-) -> float | None:
-    """When the action's input is there: 0 when it needs none, None when it is not known yet."""
-    if action.kind == WEIGHT:
-        return rank.done.get(Compute(BACKWARD, action.stage, action.microbatch))
-    forward = action.kind == FORWARD
-    if not forward and Compute(FORWARD, action.stage, action.microbatch) not in rank.done:
-        return None
-    message = (forward, action.stage - 1 if forward else action.stage + 1, action.microbatch)
-    for (_, target), channel in channels.items():
-        if target == index:
-            posted = [known for known, _ in channel.receives]
-            if message in posted:
-                place = posted.index(message)
-                return channel.arrived[place] if place < len(channel.arrived) else None
-    local = Compute(action.kind, message[1], action.microbatch)
-    return rank.done.get(local, 0.0)
