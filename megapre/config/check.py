@@ -22,7 +22,10 @@ CHOICES = {
     "model.norm": ("layernorm", "rmsnorm"),
     "model.activation": ("gelu", "swiglu"),
     "model.positions": ("learned", "rope", "none"),
-    "data.tokenizer_type": ("HuggingFaceTokenizer", "SentencePieceTokenizer", "ByteTokenizer", "NullTokenizer"),
+    "data.tokenizer_type": (
+        "HuggingFaceTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer", "BertWordPieceLowerCase",
+        "BertWordPieceCase", "TikTokenizer", "ByteTokenizer", "NullTokenizer",
+    ),
     "data.objective": ("causal", "masked"),
     "parallel.schedule": ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"),
     "parallel.context_method": ("ring", "ulysses"),

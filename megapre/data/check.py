@@ -9,7 +9,7 @@ from megapre.data.blend import round_weights
 from megapre.data.indexed import IndexedDataset
 from megapre.data.order import SampleOrder
 from megapre.data.samples import mask_token, no_sample, sample_weights, split_tokens
-from megapre.data.sidecar import TokenizerRecord, file_digest
+from megapre.data.sidecar import TokenizerRecord, model_digest, model_files
 from megapre.objectives.table import load as load_objective
 
 PROBED_TOKENS = 1 << 16
@@ -57,10 +57,9 @@ def _check_tokenizer(config: Config, datasets: list[IndexedDataset]) -> None:
     model = config.data.tokenizer_model
     seen, origin = None, ""
     if model:
-        path = os.path.join(model, "tokenizer.json") if os.path.isdir(model) else model
-        if not os.path.isfile(path):
+        if not all(map(os.path.isfile, model_files(model))):
             raise ValueError(f"data.tokenizer_model = {model!r} does not exist.")
-        seen, origin = file_digest(path), f"data.tokenizer_model = {model}"
+        seen, origin = model_digest(model), f"data.tokenizer_model = {model}"
     for dataset in datasets:
         record = _record(dataset)
         if record is None or record.digest is None:

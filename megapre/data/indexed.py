@@ -7,7 +7,6 @@ u64, then lengths i32[S] in tokens, pointers i64[S] in bytes, document index i64
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 import warnings
@@ -20,14 +19,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megapre.data.sidecar import Sidecar, TokenizerRecord, file_digest, read_sidecar
+from megapre.data.sidecar import Sidecar, TokenizerRecord, read_sidecar, tree_digest
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
-# Above this many sequences a sidecar vouches for the pointers, so that a job's start stays under a second.
-QUICK_SEQUENCES = 1 << 16
 CHUNK = 1 << 20
 
 
@@ -69,7 +66,7 @@ class IndexedDataset:
             )
         else:
             self._check_sidecar(self.sidecar, bin_bytes, len(body))
-        if verify or self.sidecar is None or s <= QUICK_SEQUENCES:
+        if verify:
             self._check_index()
         if verify and self.sidecar is not None:
             self._check_digests(self.sidecar)
@@ -84,6 +81,16 @@ class IndexedDataset:
             return np.empty(0, self.dtype)
         return np.memmap(self._bin, dtype=self.dtype, mode="r").view(np.ndarray)
 
+    @property
+    def sequence_lengths(self) -> np.ndarray:
+        """Tokens of each sequence as the index says, int32 [sequences], mapped."""
+        return self._lengths
+
+    @property
+    def document_bounds(self) -> np.ndarray:
+        """First sequence of each document and the number of sequences, int64 [documents + 1], mapped."""
+        return self._first
+
     @cached_property
     def documents(self) -> np.ndarray:
         """Boundaries of documents in tokens, int64 [documents + 1], from 0 to ``total_tokens``.
@@ -93,9 +100,20 @@ class IndexedDataset:
         return self._starts(0, self.n_documents + 1)
 
     def document_start(self, index: int) -> int:
-        """First token of document ``index``; ``index`` = number of documents gives ``total_tokens``. O(1)."""
-        sequence = int(self._first[index])
-        return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < self.sequences else self.total_tokens
+        """First token of document ``index``; ``index`` = number of documents gives ``total_tokens``. O(1).
+
+        Opening checks the ends alone, so each record is checked when it is touched: ValueError on a hostile one.
+        """
+        sequence, size = int(self._first[index]), self.dtype.itemsize
+        if sequence == self.sequences:
+            return self.total_tokens
+        if not 0 <= sequence < self.sequences:
+            raise self._damaged(f"document {index} begins at sequence {sequence} of {self.sequences}")
+        at, length = int(self._pointers[sequence]), int(self._lengths[sequence])
+        end = int(self._pointers[sequence + 1]) if sequence + 1 < self.sequences else self.total_tokens * size
+        if at < 0 or length < 0 or at % size or at + length * size != end:
+            raise self._damaged(f"sequence {sequence} has {length} tokens at byte {at} and ends at byte {end}")
+        return at // size
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Tokens in [start, stop) that begin a document, int64, ascending; O(log documents) page touches."""
@@ -130,10 +148,17 @@ class IndexedDataset:
 
     def _starts(self, low: int, high: int) -> np.ndarray:
         first = self._first[low:high].astype(np.int64)
+        if len(first) and not (0 <= int(first.min()) and int(first.max()) <= self.sequences):
+            raise self._damaged(f"documents {low} to {high} begin outside its {self.sequences} sequences")
         starts = np.full(len(first), self.total_tokens, np.int64)
         inside = first < self.sequences
         starts[inside] = self._pointers[first[inside]] // self.dtype.itemsize
+        if len(starts) and (int(starts[0]) < 0 or int(starts[-1]) > self.total_tokens or (np.diff(starts) < 0).any()):
+            raise self._damaged(f"documents {low} to {high} do not follow one another")
         return starts
+
+    def _damaged(self, what: str) -> ValueError:
+        return ValueError(f"{self.prefix}.idx is damaged: {what} (inspect_data.py --validate checks all of it).")
 
     def _check_ends(self, bin_bytes: int) -> None:
         """Checks that touch two pages: enough to see a cut or foreign ``.bin``."""
@@ -188,10 +213,10 @@ class IndexedDataset:
                 )
 
     def _check_digests(self, sidecar: Sidecar) -> None:
-        for suffix, digest in ((".bin", sidecar.bin_sha256), (".idx", sidecar.idx_sha256)):
-            if digest is not None and (found := file_digest(self.prefix + suffix)) != digest:
+        for suffix, digest in ((".bin", sidecar.bin_digest), (".idx", sidecar.idx_digest)):
+            if digest is not None and (found := tree_digest(self.prefix + suffix)) != digest:
                 raise ValueError(
-                    f"{self.prefix}{suffix} has sha256 {found[:12]} where its record says {digest[:12]}: "
+                    f"{self.prefix}{suffix} has digest {found[:12]} where its record says {digest[:12]}: "
                     "it was changed or damaged after it was written."
                 )
 
@@ -246,7 +271,6 @@ class IndexedWriter:
         self._first = array("q", [0])
         self._temporary = {suffix: f"{prefix}{suffix}.tmp-{os.getpid()}" for suffix in (".bin", ".idx", ".json")}
         self._bin = open(self._temporary[".bin"], "wb")
-        self._digest = hashlib.sha256()
         self.tokens = 0
 
     def __enter__(self) -> IndexedWriter:
@@ -291,8 +315,8 @@ class IndexedWriter:
             tokens=self.tokens,
             bin_bytes=size[".bin"],
             idx_bytes=size[".idx"],
-            bin_sha256=self._digest.hexdigest(),
-            idx_sha256=file_digest(self._temporary[".idx"]),
+            bin_digest=tree_digest(self._temporary[".bin"]),
+            idx_digest=tree_digest(self._temporary[".idx"]),
             tokenizer=self._tokenizer,
         )
         sidecar.write(self._temporary[".json"])
@@ -321,9 +345,7 @@ class IndexedWriter:
             low, high = int(ids.min()), int(ids.max())
             if low < self._limit.min or high > self._limit.max:
                 raise ValueError(f"ids from {low} to {high} do not fit {self.dtype.name} in {self.prefix}.")
-            data = np.ascontiguousarray(ids, self.dtype).tobytes()
-            self._bin.write(data)
-            self._digest.update(data)
+            self._bin.write(np.ascontiguousarray(ids, self.dtype).tobytes())
         self._lengths.extend(lengths)
         self.tokens += len(ids)
 

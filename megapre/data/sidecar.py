@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 CHUNK_BYTES = 1 << 22
+BLOCK_BYTES = 64 << 20
+"""Bytes of a block of the digests of a pair, which many processes compute together."""
 
 
 def file_digest(path: str | Path) -> str:
@@ -21,6 +23,45 @@ def file_digest(path: str | Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def model_digest(path: str) -> str:
+    """Digest of a tokenizer's files: of the file, of the folder's ``tokenizer.json``, or of several files in order."""
+    files = model_files(path)
+    digests = [file_digest(file) for file in files]
+    return digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def model_files(path: str) -> list[str]:
+    """Files that ``data.tokenizer_model`` names: a file, several joined by ``:``, or a folder of the usual ones."""
+    if os.path.isdir(path):
+        known = (["tokenizer.json"], ["vocab.json", "merges.txt"], ["vocab.txt"])
+        found = [[os.path.join(path, name) for name in names] for names in known]
+        return next((files for files in found if all(map(os.path.isfile, files))), found[0])
+    return [path] if os.path.isfile(path) else path.split(os.pathsep)
+
+
+def block_digest(path: str | Path, number: int) -> str:
+    """sha256 of block ``number`` of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        file.seek(number * BLOCK_BYTES)
+        left = BLOCK_BYTES
+        while left and (chunk := file.read(min(CHUNK_BYTES, left))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+def combine_digests(blocks: dict[int, str]) -> str:
+    """sha256 of the binary digests of all blocks in order, in hexadecimal; one of no block is that of nothing."""
+    return hashlib.sha256(b"".join(bytes.fromhex(blocks[number]) for number in range(len(blocks)))).hexdigest()
+
+
+def tree_digest(path: str | Path) -> str:
+    """Digest of a file as a sidecar records it: of the digests of its 64 MiB blocks."""
+    blocks = -(-os.path.getsize(path) // BLOCK_BYTES)
+    return combine_digests({number: block_digest(path, number) for number in range(blocks)})
 
 
 @dataclass(frozen=True)
@@ -49,17 +90,32 @@ class Sidecar:
     tokens: int
     bin_bytes: int
     idx_bytes: int
-    bin_sha256: str | None
-    idx_sha256: str | None
+    bin_digest: str | None
+    """``tree_digest`` of the file."""
+    idx_digest: str | None
     tokenizer: TokenizerRecord | None = None
+    validated: str | None = None
+    """``idx_digest`` when `inspect_data.py --validate` found every offset and digest right."""
 
     def write(self, path: str | Path) -> None:
         """Write as JSON, flushed to the disk."""
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
+        write_json(path, {key: value for key, value in asdict(self).items() if key != "validated" or value})
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write as JSON, flushed to the disk, under its name only when complete."""
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
 
 
 def read_sidecar(path: str | Path) -> Sidecar | None:

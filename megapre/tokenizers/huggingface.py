@@ -24,6 +24,10 @@ class HuggingFaceTokenizer:
             self._inner = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"data.tokenizer_model = {path!r} is no tokenizer.json ({error}).") from error
+        self._prepare(path, file_digest(path))
+
+    def _prepare(self, path: str, digest: str) -> None:
+        """Settings and facts that hold for every vocabulary that this library reads."""
         # A document that quotes "<|endoftext|>" must not end there.
         self._inner.encode_special_tokens = True
         self._inner.no_truncation()
@@ -33,7 +37,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(ids, default=-1) + 1
         specials = find_specials(path, self._inner.token_to_id)
         self.eod, self.mask = specials.eod, specials.mask
-        self.digest = file_digest(path)
+        self.digest = digest
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without template tokens."""

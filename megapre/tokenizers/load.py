@@ -11,6 +11,10 @@ TOKENIZERS = MappingProxyType(
     {
         "HuggingFaceTokenizer": "megapre.tokenizers.huggingface",
         "SentencePieceTokenizer": "megapre.tokenizers.sentence_piece",
+        "GPT2BPETokenizer": "megapre.tokenizers.files",
+        "BertWordPieceLowerCase": "megapre.tokenizers.files",
+        "BertWordPieceCase": "megapre.tokenizers.files",
+        "TikTokenizer": "megapre.tokenizers.tiktoken_ranks",
         "ByteTokenizer": "megapre.tokenizers.plain",
         "NullTokenizer": "megapre.tokenizers.plain",
     }

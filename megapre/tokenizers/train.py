@@ -13,10 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from megapre.tokenizers.documents import BadLine, chunks, parse
+from megapre.data.order import derive_key, permute
+from megapre.tokenizers.base import Tokenizer
+from megapre.tokenizers.documents import BadLine, batches
+from megapre.tokenizers.inputs import cut
 
 SPECIALS = ("<|endoftext|>", "<mask>", "<pad>")
 TYPES = ("bpe", "unigram", "wordpiece")
+PIECE = 1 << 20
+"""Bytes of input that a sample is drawn by."""
 SMALLEST = 256 + len(SPECIALS) + 1
 
 
@@ -29,8 +34,12 @@ def train(
     vocab_size: int = 32_000,
     key: str = "text",
     bad: Callable[[BadLine], None] | None = None,
+    sample_bytes: int = 0,
+    seed: int = 1234,
 ) -> int:
     """Learn from the texts of ``inputs`` and write ``output``; the number of ids it holds.
+
+    With ``sample_bytes`` only about as many bytes of text are read, from places all over the input.
 
     BPE: arXiv 1508.07909, Unigram: arXiv 1804.10959, WordPiece: arXiv 1609.08144. Each bad line is given to ``bad``.
     Raises ValueError on a type the backend lacks, a vocabulary below 260 ids or text too small for it.
@@ -39,7 +48,7 @@ def train(
         raise ValueError(f"--type {type} is unknown; the types are {', '.join(TYPES)}.")
     if vocab_size < SMALLEST:
         raise ValueError(f"--vocab-size {vocab_size} is below {SMALLEST}, the 256 bytes and the special tokens.")
-    texts = _texts(inputs, key, bad)
+    texts = sample_texts(inputs, key, bad, sample_bytes, seed)
     if backend == "tokenizers":
         data, size = _train_huggingface(texts, type, vocab_size)
     elif backend == "sentencepiece" and type != "wordpiece":
@@ -55,19 +64,54 @@ def train(
     return size
 
 
-def _texts(inputs: Sequence[str], key: str, report: Callable[[BadLine], None] | None) -> Iterator[str]:
-    empty = True
-    for chunk in chunks(inputs):
-        documents, bad = parse(chunk, [key])
-        for line in bad:
-            if report is None:
-                raise ValueError(f"{line}.")
-            report(line)
-        for document in documents:
-            empty = empty and not document.texts[0]
-            yield document.texts[0]
+def sample_texts(
+    inputs: Sequence[str],
+    key: str,
+    report: Callable[[BadLine], None] | None,
+    wanted: int = 0,
+    seed: int = 1234,
+    held_out: bool = False,
+) -> Iterator[str]:
+    """Texts of about ``wanted`` bytes (0: all, in order) of pieces drawn by ``seed``; ``held_out``: of other pieces.
+
+    Plain files are drawn by the MiB, packed ones whole. The order of pieces is a keyed permutation: the held-out ones
+    are the last, so the two meet only when the input is smaller than both.
+    """
+    pieces = cut(inputs, PIECE if wanted else 0)
+    order = [permute(n, len(pieces), derive_key(seed)) for n in range(len(pieces))] if wanted else range(len(pieces))
+    held, empty = 0, True
+    for number in reversed(order) if held_out else order:
+        for span in pieces[number].spans:
+            for batch in batches(span, [key]):
+                for line, reason in batch.bad:
+                    where = BadLine(span.path, line if not span.start else 0, reason)
+                    if report is None:
+                        raise ValueError(f"{where}.")
+                    report(where)
+                for (text,) in batch.texts:
+                    empty = empty and not text
+                    held += len(text)
+                    yield text
+                if wanted and held >= wanted:
+                    return
     if empty:
         raise ValueError(f"--input holds no text to learn from under the key {key!r}.")
+
+
+def fertility(tokenizer: Tokenizer, texts: Iterator[str]) -> dict[str, float]:
+    """How finely a tokenizer cuts text: tokens per word (arXiv 2012.15613), words in one token, bytes per token."""
+    words = whole = pieces = tokens = size = 0
+    for text in texts:
+        found = text.split()
+        cut_words = tokenizer.encode_batch([" " + word for word in found])
+        words, whole = words + len(found), whole + sum(len(ids) == 1 for ids in cut_words)
+        pieces += sum(map(len, cut_words))
+        tokens, size = tokens + len(tokenizer.encode(text)), size + len(text.encode())
+    return {
+        "tokens per word": pieces / max(1, words),
+        "words kept whole": whole / max(1, words),
+        "bytes per token": size / max(1, tokens),
+    }
 
 
 def _train_huggingface(texts: Iterator[str], type: str, vocab_size: int) -> tuple[bytes, int]:

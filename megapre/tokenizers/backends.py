@@ -1,0 +1,134 @@
+"""Faster libraries for the same ids: gigatoken and tiktoken in the place of Hugging Face's ``tokenizers``.
+
+``auto`` takes the fastest one installed that gives the reference's ids on hostile strings and on the first documents of
+the input. One that differs is passed over, loudly: another id here would be another corpus.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from megapre.tokenizers.base import Tokenizer
+from megapre.tokenizers.bytelevel import byte_level_vocab, split_pattern
+
+Encode = Callable[[Sequence[str]], "list[Sequence[int] | np.ndarray]"]
+"""Ids of several texts, without end-of-document."""
+HOSTILE = (
+    "",
+    " ",
+    "\n\n\n  \t x\r\n",
+    "a<|endoftext|>b</s><mask>[MASK]<pad>",
+    '\\n\\\\ "quoted" \\u0041',
+    "é\u0301ß\u1e9eİı",
+    "שלום مرحبا 日本語テキスト。한국어",
+    "👩\u200d👩\u200d👧\u200d👦🏳\ufe0f\u200d🌈",
+    "\x00\x01\x1f\x7f\x85\u00a0\u2028\ufeff\ufffd",
+    "don't I'LL we'Ve 'S 'ſ 12345678901 ½²",
+    "def f(x):\n        return x\n\n\n",
+    "____----====...!!!???",
+    "a" * 300,
+    "\U0010ffff\U000e0041",
+    "  leading and trailing  ",
+)
+"""Strings on which libraries of the same name have been seen to differ."""
+
+
+def gigatoken(tokenizer: Tokenizer, path: str) -> Encode:
+    """By gigatoken, from a ``tokenizer.json``; ImportError or ValueError when it cannot."""
+    from gigatoken import Tokenizer as Gigatoken
+
+    with open(_json_of(path), encoding="utf-8") as file:
+        content = json.load(file)
+    content["added_tokens"] = []  # a document that quotes "<|endoftext|>" must not end there
+    content["post_processor"] = content["truncation"] = content["padding"] = None
+    encode = Gigatoken.from_json(json.dumps(content)).encode
+    return lambda texts: [encode(text) for text in texts]
+
+
+def tiktoken(tokenizer: Tokenizer, path: str) -> Encode:
+    """By tiktoken, from a byte-level BPE ``tokenizer.json`` whose ids are in the order of its merges."""
+    import tiktoken as library
+
+    with open(_json_of(path), encoding="utf-8") as file:
+        content = json.load(file)
+    ranks, pattern = byte_level_vocab(content), split_pattern(content)
+    encoding = library.Encoding("megapre", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    encode = encoding.encode_ordinary
+    return lambda texts: [encode(text) for text in texts]
+
+
+FAST: MappingProxyType[str, Callable[[Tokenizer, str], Encode]] = MappingProxyType(
+    {"gigatoken": gigatoken, "tiktoken": tiktoken}
+)
+"""Fastest first."""
+BACKENDS = ("auto", *FAST, "reference")
+
+
+def make(name: str, tokenizer: Tokenizer, path: str) -> Encode:
+    """The encoder of one back end; ValueError when it cannot be had for this tokenizer."""
+    if name == "reference":
+        return tokenizer.encode_batch  # type: ignore[return-value]
+    if tokenizer.type not in ("HuggingFaceTokenizer", "GPT2BPETokenizer") or not os.path.exists(_json_of(path)):
+        raise ValueError(f"--backend {name} reads a tokenizer.json only, which {tokenizer.type} {path!r} is not.")
+    try:
+        return FAST[name](tokenizer, path)
+    except ImportError as error:
+        raise ValueError(f"--backend {name} is not installed ({error}): pip install 'megapre[fast]'.") from None
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        raise ValueError(f"--backend {name} cannot read {path} ({str(error)[:200]}).") from None
+
+
+def choose(name: str, tokenizer: Tokenizer, path: str, first: Iterable[str], log: Callable[[str], None]) -> str:
+    """The back end that ``name`` stands for: ``auto`` is the fastest that passes the check, else itself when it does.
+
+    Raises ValueError when a named back end is missing or gives other ids than the reference.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"--backend {name} is unknown; the back ends are {', '.join(BACKENDS)}.")
+    if name == "reference":
+        return name
+    texts = [*HOSTILE, *first]
+    for candidate in FAST if name == "auto" else (name,):
+        try:
+            encode = make(candidate, tokenizer, path)
+        except ValueError as error:
+            if name != "auto":
+                raise
+            if "not installed" not in str(error) and "reads a tokenizer.json only" not in str(error):
+                log(f"back end {candidate} is passed over: {error}")
+            continue
+        problem = differs(encode, tokenizer, texts)
+        if not problem:
+            return candidate
+        if name != "auto":
+            raise ValueError(f"--backend {name} gives other ids than the tokenizer itself: {problem}.")
+        log(f"WARNING: back end {candidate} gives other ids than the tokenizer itself and is not used: {problem}")
+    return "reference"
+
+
+def differs(encode: Encode, tokenizer: Tokenizer, texts: Sequence[str]) -> str:
+    """Where ids differ from the reference's; empty when nowhere."""
+    wanted = tokenizer.encode_batch(texts)
+    for text, right in zip(texts, wanted):
+        try:
+            found: Any = list(map(int, encode([text])[0]))
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+                raise
+            return f"{text[:40]!r} raises {type(error).__name__}"
+        if found != list(right):
+            at = next((i for i, (a, b) in enumerate(zip(found, right)) if a != b), min(len(found), len(right)))
+            return f"token {at} of {text[:40]!r} is {found[at : at + 1]} where {list(right[at : at + 1])} is right"
+    return ""
+
+
+def _json_of(path: str) -> str:
+    return os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
