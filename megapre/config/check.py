@@ -30,7 +30,8 @@ CHOICES = {
     "parallel.schedule": ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"),
     "parallel.context_method": ("ring", "ulysses"),
     "parallel.recompute": ("none", "selective", "full"),
-    "parallel.zero": (0, 1),
+    "parallel.zero": (0, 1, 2, 3),
+    "parallel.offload": ("none", "optimizer", "parameters"),
     "schedule.kind": ("cosine", "linear", "wsd", "inverse-sqrt", "piecewise", "constant"),
     "precision.dtype": ("fp32", "bf16", "fp16", "fp64"),
     "train.device": ("auto", "cpu", "cuda"),
@@ -297,6 +298,17 @@ def schedule_fits(config: Config) -> str | None:
     return None
 
 
+def offload_fits(config: Config) -> str | None:
+    """Only what is gathered before each use can live elsewhere."""
+    parallel = config.parallel
+    if parallel.offload == "parameters" and parallel.zero != 3:
+        return (
+            f"parallel.offload = 'parameters' needs parallel.zero = 3, not {parallel.zero}: change one of them, or set "
+            f"parallel.offload to 'optimizer'"
+        )
+    return None
+
+
 def layers_per_stage_fit(config: Config) -> str | None:
     """An explicit split names every stage once and every block once."""
     split, layers = config.parallel.layers_per_stage, config.model.layers
@@ -446,6 +458,7 @@ RULES = (
     layers_per_stage_fit,
     batch_divides,
     schedule_fits,
+    offload_fits,
     split_sums_to_one,
     weights_match_paths,
     objective_fits_architecture,

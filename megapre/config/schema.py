@@ -121,7 +121,11 @@ class ParallelConfig:
     sequence: bool = False
     """Megatron sequence parallelism (arXiv 2205.05198): norms and dropout work on a shard of the sequence."""
     zero: int = 0
-    """0: optimizer state on every rank; 1: sharded over data x context ranks (ZeRO-1, arXiv 1910.02054)."""
+    """What data x context ranks share out (ZeRO, arXiv 1910.02054): 0 nothing, 1 optimizer state, 2 also main
+    gradients, 3 also weights."""
+    offload: str = "none"
+    """What lives in host memory: ``none``, ``optimizer`` (state, updated there) or ``parameters`` (with ``zero`` = 3,
+    also the weights' shards)."""
     schedule: str = "1f1b"
     """Pipeline schedule: ``1f1b``, ``gpipe``, ``interleaved``, ``zb-h1`` or ``zb-v``."""
     chunks: int = 1

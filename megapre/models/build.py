@@ -47,22 +47,24 @@ class Model(nn.Module):
             replicas=grid.replicas.size,
             sequence_parallel=self.sequence,
             bucket_elements=parallel.bucket_elements,
+            by_layer=parallel.zero >= 2,
         )
-        self.flat = Buffers(layout, grid, self.dtype, device, parallel.zero)
+        self.flat = Buffers(layout, grid, self.dtype, device, parallel.zero, parallel.offload)
         builder = _Builder(self, kernels, parallel.recompute, parallel.recompute_layers)
         self.stages = {stage: builder.stage(numbers) for stage, numbers in mine.items()}
         self.layers = nn.ModuleList(layer for stage in self.stages.values() for layer in stage.layers)  # type: ignore[misc]
 
     def initialise(self, seed: int) -> None:
         """Fill this rank's weights; the values do not depend on the layout."""
-        for slot in self.flat.layout.slots:
-            target = self.flat.weights[slot.start : slot.end].view(slot.shape)
-            real = target[tuple(slice(n) for n in slot.size)]
-            if slot.spec.init == "normal":
-                values = normal(seed, slot.spec.name, slot.spec.shape, slot.offset, slot.size)
-                real.copy_(values.mul_(slot.spec.std))
-            else:
-                real.fill_(1.0 if slot.spec.init == "ones" else 0.0)
+        for index, bucket in enumerate(self.flat.layout.buckets):
+            with self.flat.weights.filling(index) as whole:
+                for slot in bucket.slots:
+                    real = whole[bucket.place(slot)].view(slot.shape)[tuple(slice(n) for n in slot.size)]
+                    if slot.spec.init == "normal":
+                        values = normal(seed, slot.spec.name, slot.spec.shape, slot.offset, slot.size)
+                        real.copy_(values.mul_(slot.spec.std))
+                    else:
+                        real.fill_(1.0 if slot.spec.init == "ones" else 0.0)
 
     def context(self, microbatch: Microbatch, *, seed: int, step: int, training: bool) -> Context:
         """The context of ``microbatch`` on this rank's device."""

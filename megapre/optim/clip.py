@@ -11,20 +11,20 @@ from megapre.parallel.buckets import Buffers
 class GradientNorm:
     """Euclidean norm over all ranks' complete gradients.
 
-    A rank adds the slice of each bucket that ZeRO-1 would give it, and of those only tensors for which it is
+    A rank adds the slice of each bucket that ZeRO would give it, and of those only tensors for which it is
     the primary holder among tensor ranks and stages; one sum over the world completes the norm.
     """
 
     def __init__(self, buffers: Buffers) -> None:
         self.world = buffers.grid.world
         self.pieces: list[Tensor] = []
-        for bucket in buffers.layout.buckets:
-            start, end = buffers.share(bucket)
+        for bucket, gradients in zip(buffers.layout.buckets, buffers.gradients.shards):
+            (start, end), origin = buffers.share(bucket), buffers.shard(bucket)[0]
             for slot in bucket.slots:
                 a, b = max(start, slot.start), min(end, slot.end)
                 if slot.primary and a < b:
-                    self.pieces.append(buffers.gradients[a:b])
-        self.zero = buffers.gradients.new_zeros(())
+                    self.pieces.append(gradients[a - origin : b - origin])
+        self.zero = torch.zeros((), dtype=buffers.wide, device=buffers.device)
 
     def __call__(self) -> Tensor:
         """The norm, a 0-d tensor equal on every rank; non-finite when any gradient is."""

@@ -56,14 +56,25 @@ class Bucket:
     end: int
     slots: tuple[Slot, ...]
     tied: bool
-    """Holds a tensor that another stage holds too: its gradient is summed over both first."""
+    """Holds a tensor that another stage holds too: its gradient is summed over both."""
+    layers: frozenset[int]
+    """Layers of this rank that use it."""
     replicas: str = "replicas"
     """Axis of the ranks that hold the same weights: one for all tensors of the bucket."""
 
-    def shard(self, rank: int, size: int) -> tuple[int, int]:
-        """Flat range owned by replica ``rank`` of ``size``."""
-        part = (self.end - self.start) // size
-        return self.start + rank * part, self.start + (rank + 1) * part
+    @property
+    def size(self) -> int:
+        """Elements, padding included."""
+        return self.end - self.start
+
+    def shard(self, rank: int, size: int) -> slice:
+        """Part of this bucket owned by replica ``rank`` of ``size``."""
+        part = self.size // size
+        return slice(rank * part, (rank + 1) * part)
+
+    def place(self, slot: Slot) -> slice:
+        """Where ``slot`` lies inside this bucket."""
+        return slice(slot.start - self.start, slot.end - self.start)
 
 
 @dataclass(frozen=True)
@@ -102,10 +113,12 @@ class Layout:
         sequence_parallel: bool,
         bucket_elements: int,
         expert: ExpertPlace = ExpertPlace(),
+        by_layer: bool = False,
     ) -> Layout:
         """Lay out the tensors that ``layers`` use, for one tensor rank and any of its ``replicas``.
 
-        Experts' tensors follow all others: their replicas are other ranks, so they share no bucket.
+        Experts' tensors follow all others: their replicas are other ranks, so they share no bucket. With ``by_layer``
+        no bucket spans layers: what ZeRO-2 and 3 reduce and gather layer by layer.
         """
         held = frozenset(layers)
         groups = _groups(
@@ -133,12 +146,16 @@ class Layout:
                 slots.append(Slot(spec, _finished(spec, held), position, shape, offset, size, partial, primary))
                 position = slots[-1].end
             position = _round_up(position, ALIGNMENT)
-            last = index + 1 == len(groups) or groups[index + 1][0].replicas != kind
+            after = groups[index + 1][0] if index + 1 < len(groups) else None
+            alone = after is None or after.replicas != kind or tied or not held.issuperset(after.layers)
             # A tensor tied to another stage is alone in its bucket: both stages then reduce and update it alike.
-            alone = tied or (not last and not held.issuperset(groups[index + 1][0].layers))
-            if last or alone or position - opened >= bucket_elements:
+            if after is not None and by_layer:
+                alone = alone or held.intersection(after.layers) != held.intersection(group[0].layers)
+            if alone or position - opened >= bucket_elements:
                 position = opened + _round_up(position - opened, copies * ALIGNMENT)
-                buckets.append(Bucket(opened, position, tuple(slots[first:]), tied, kind))
+                inside = tuple(slots[first:])
+                used = held.intersection(layer for slot in inside for layer in slot.spec.layers)
+                buckets.append(Bucket(opened, position, inside, tied, used, kind))
                 opened, first = position, len(slots)
         return Layout(tuple(slots), tuple(buckets), held)
 

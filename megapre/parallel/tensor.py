@@ -32,14 +32,23 @@ def scatter_sum(x: Tensor, axis: Axis) -> Tensor:
 
 
 def accumulate(parameter: Tensor, gradient: Tensor) -> None:
-    """Add ``gradient`` to the parameter's main gradient."""
-    parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
+    """Add ``gradient`` to the parameter's main gradient, now or in a W action."""
+    main = parameter.main_grad  # type: ignore[attr-defined]
+    parameter.queue.add(lambda: main.add_(gradient))  # type: ignore[attr-defined]
 
 
 def accumulate_product(parameter: Tensor, dy: Tensor, x: Tensor) -> None:
     """Add dy^T x, summed over all leading dimensions, to the parameter's main gradient, now or in a W action."""
-    flat = (parameter.main_grad, dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))  # type: ignore[attr-defined]
-    parameter.queue.add(flat)  # type: ignore[attr-defined]
+    main = parameter.main_grad  # type: ignore[attr-defined]
+    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+
+    def add() -> None:
+        if main.dtype == dy.dtype:
+            main.addmm_(dy.t(), x)
+        else:
+            main.add_(dy.t() @ x)
+
+    parameter.queue.add(add)  # type: ignore[attr-defined]
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -165,8 +174,12 @@ class _Embedding(torch.autograd.Function):
         if ctx.sequence:
             dy = gather(dy, ctx.axis)
         main = ctx.weight.main_grad
-        rows = dy.to(main.dtype).masked_fill(~mine.unsqueeze(-1), 0)
-        main.index_add_(0, local.flatten(), rows.flatten(0, 1))
+
+        def add() -> None:
+            rows = dy.to(main.dtype).masked_fill(~mine.unsqueeze(-1), 0)
+            main.index_add_(0, local.flatten(), rows.flatten(0, 1))
+
+        ctx.weight.queue.add(add)
         return None, None, None, None
 
 

@@ -1,49 +1,45 @@
-"""Weight gradients of linear layers: computed at once, or kept for a W action of a zero-bubble schedule.
+"""Weight gradients of a layer: added at once, or kept for a W action of a zero-bubble schedule.
 
-torch's own split of backward would run custom autograd functions twice; a queue of products costs nothing.
+torch's own split of backward would run custom autograd functions twice; a queue of sums costs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
-Product = tuple[Tensor, Tensor, Tensor]
-"""(main gradient [out, in], dy [n, out], x [n, in]): main gradient += dy^T x."""
+Addition = Callable[[], object]
+"""Adds one gradient to its main gradient."""
 
 
 class WeightQueue:
-    """Where linear layers hand in their products."""
+    """Where layers hand in their weight gradients. Main gradients are written nowhere else."""
 
     def __init__(self) -> None:
-        self._kept: list[Product] | None = None
+        self._kept: list[Addition] | None = None
 
-    def add(self, product: Product) -> None:
-        """Run ``product`` now, or keep it inside :meth:`kept`."""
+    def add(self, addition: Addition) -> None:
+        """Run ``addition`` now, or keep it inside :meth:`kept`."""
         if self._kept is None:
-            self.run([product])
+            self.run([addition])
         else:
-            self._kept.append(product)
+            self._kept.append(addition)
 
     @contextmanager
-    def kept(self, keep: bool = True) -> Iterator[list[Product]]:
-        """Collect the products of the block instead of running them, if ``keep``."""
-        products: list[Product] = []
-        self._kept = products if keep else None
+    def kept(self, keep: bool = True) -> Iterator[list[Addition]]:
+        """Collect the additions of the block instead of running them, if ``keep``."""
+        additions: list[Addition] = []
+        self._kept = additions if keep else None
         try:
-            yield products
+            yield additions
         finally:
             self._kept = None
 
     @staticmethod
     @torch.no_grad()
-    def run(products: list[Product]) -> None:
-        """Add every product to its main gradient."""
-        for main, dy, x in products:
-            if main.dtype == dy.dtype:
-                main.addmm_(dy.t(), x)
-            else:
-                main.add_(dy.t() @ x)
+    def run(additions: list[Addition]) -> None:
+        """Add every gradient to its main gradient."""
+        for addition in additions:
+            addition()

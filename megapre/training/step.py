@@ -63,12 +63,12 @@ class TrainStep:
         self, microbatches: Sequence[Microbatch], targets: int, step: int
     ) -> tuple[Tensor, Tensor | None]:
         """Fill the main gradients, reduced over every axis and still times the loss scale; returns the loss."""
-        self.flat.start_step()
+        self.flat.gradients.begin()
         contexts = self._contexts(microbatches, targets, step, self.config.monitor.activation_rms, training=True)
         losses = self.executor.run(
-            self._plan(len(contexts), True), contexts, self.config.train.microbatch, layer_done=self.flat.layer_done
+            self._plan(len(contexts), True), contexts, self.config.train.microbatch, self.flat
         )
-        self.flat.finish()
+        self.flat.gradients.finish()
         return self._mean_loss(losses) / self.scaler.value, self._rms(contexts)
 
     def apply_gradients(self, loss: Tensor, rms: Tensor | None, lr: float) -> StepResult:
@@ -86,7 +86,7 @@ class TrainStep:
     def evaluate(self, microbatches: Sequence[Microbatch], targets: int) -> Tensor:
         """Mean loss over held-out ``microbatches``, dropout off, on every rank."""
         contexts = self._contexts(microbatches, targets, 0, False, training=False)
-        losses = self.executor.run(self._plan(len(contexts), False), contexts, self.config.train.microbatch)
+        losses = self.executor.run(self._plan(len(contexts), False), contexts, self.config.train.microbatch, self.flat)
         return self._mean_loss(losses) / self.scaler.value
 
     def _plan(self, microbatches: int, training: bool) -> list[Action]:

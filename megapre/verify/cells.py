@@ -11,6 +11,9 @@ import torch
 from megapre.config.schema import Config
 from megapre.data.loader import Microbatch
 
+OFFLOADS = {"none": "", "optimizer": "+offload", "parameters": "+offload-parameters"}
+"""How a layout's name tells ``parallel.offload``."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -26,6 +29,7 @@ class Cell:
     chunks: int = 1
     context: int = 1
     method: str = "ring"
+    offload: str = "none"
 
     @property
     def world(self) -> int:
@@ -36,13 +40,14 @@ class Cell:
         name = f"{self.tensor}x{self.pipeline}x{self.data}"
         name += f"+{self.method}:{self.context}" if self.context > 1 else ""
         name += ("+sp" if self.sequence else "") + (f"+zero{self.zero}" if self.zero else "")
+        name += OFFLOADS[self.offload]
         return name + (f"+{self.schedule}" if self.schedule else "") + (f":{self.chunks}" if self.chunks > 1 else "")
 
     def apply(self, config: Config) -> Config:
         """``config`` on this layout; its ``layers_per_stage`` stays where it fits."""
         parallel = replace(
             config.parallel, tensor=self.tensor, pipeline=self.pipeline, data=self.data, sequence=self.sequence,
-            zero=self.zero, context=self.context, context_method=self.method,
+            zero=self.zero, context=self.context, context_method=self.method, offload=self.offload,
         )  # fmt: skip
         if self.schedule:
             parallel = replace(parallel, schedule=self.schedule, chunks=self.chunks)
@@ -55,7 +60,8 @@ class Cell:
 def parse(text: str) -> Cell:
     """The cell that ``text`` names; ValueError when it names none.
 
-    ``TPxPPxDP``, then in any order ``+ring:CP`` or ``+ulysses:CP``, ``+sp``, ``+zero1``, ``+SCHEDULE[:CHUNKS]``.
+    ``TPxPPxDP``, then in any order ``+ring:CP`` or ``+ulysses:CP``, ``+sp``, ``+zero1`` to ``+zero3``, ``+offload``
+    (optimizer state) or ``+offload-parameters``, ``+SCHEDULE[:CHUNKS]``.
     """
     sizes, *options = text.split("+")
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", sizes)
@@ -74,6 +80,8 @@ def parse(text: str) -> Cell:
             cell = replace(cell, sequence=True)
         elif re.fullmatch(r"zero\d", option):
             cell = replace(cell, zero=int(option[4:]))
+        elif f"+{option}" in OFFLOADS.values():
+            cell = replace(cell, offload=next(key for key, text in OFFLOADS.items() if text == f"+{option}"))
         elif name in ("ring", "ulysses"):
             cell = replace(cell, method=name, context=int(number or 1))
         else:  # config/check.py knows the schedules

@@ -11,7 +11,7 @@ import re
 import statistics
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
@@ -128,30 +128,38 @@ def _compare_gradients(engine: Engine, known: Any, norm: float, sums: _Sums) -> 
     The floor is a millionth of the global norm: some gradients are exactly zero in theory (the bias of keys).
     """
     buffers = engine.model.flat
-    for bucket in buffers.layout.buckets:
+    for bucket, shard in zip(buffers.layout.buckets, buffers.gradients.shards):
         start, end = buffers.shard(bucket)
         for slot in bucket.slots:
             address = slot.address(start, end)
             if address is not None:
                 true = _box(known, f"gradient/{slot.spec.name}", slot).flatten()[address.start : address.end]
-                found = buffers.gradients[slot.start + address.start : slot.start + address.end].double()
-                found = found.cpu() / float(engine.step.scaler.value)
+                first = slot.start + address.start - start
+                found = shard[first : first + true.numel()].double().cpu() / float(engine.step.scaler.value)
                 share = (true.numel() / prod(slot.spec.shape)) ** 0.5  # pieces' floors add up to the tensor's
                 sums.add(f"gradient/{slot.spec.name}", found - true, true, 1e-6 * norm * share)
-            if bool(buffers.gradients[_padding(slot, start, end)].any()):
+            padding = _padding(slot, start, end)
+            if bool(shard[padding.start - start : padding.stop - start].any()):
                 sums.add(f"padding/{slot.spec.name}", 1.0, 0.0, 1.0)
 
 
 def _compare_parameters(engine: Engine, known: Any, lr: float, sums: _Sums) -> None:
     """The model's weights, every replica. The floor is the length of one Adam step."""
-    buffers = engine.model.flat
-    for slot in buffers.layout.slots:
+    for slot, flat in _weights(engine):
         true = _box(known, f"parameter/{slot.spec.name}", slot)
-        local = buffers.weights[slot.start : slot.end].view(slot.shape)
-        found = local[tuple(slice(n) for n in slot.size)].double().cpu()
+        found = flat.view(slot.shape)[tuple(slice(n) for n in slot.size)].double().cpu()
         sums.add(f"parameter/{slot.spec.name}", found - true, true, lr * true.numel() ** 0.5)
-        if bool(buffers.weights[_padding(slot, 0, buffers.layout.total)].any()):
+        if bool(flat[prod(slot.size) :].any()):
             sums.add(f"padding/{slot.spec.name}", 1.0, 0.0, 1.0)
+
+
+def _weights(engine: Engine) -> Iterator[tuple[Slot, Tensor]]:
+    """Every local tensor, flat and whole; all ranks walk through together."""
+    flat = engine.model.flat
+    for index, bucket in enumerate(flat.layout.buckets):
+        with flat.weights.whole(index) as whole:
+            for slot in bucket.slots:
+                yield slot, whole[bucket.place(slot)]
 
 
 def _box(known: Any, name: str, slot: Slot) -> Tensor:
@@ -161,18 +169,15 @@ def _box(known: Any, name: str, slot: Slot) -> Tensor:
 
 def _padding(slot: Slot, start: int, end: int) -> slice:
     """Elements of a slot beyond its logical box, inside [start, end)."""
-    used = slot.start + int(torch.tensor(slot.size).prod())
+    used = slot.start + prod(slot.size)
     return slice(max(start, used), max(start, used, min(end, slot.end)))
 
 
 def _digests(engine: Engine) -> dict[str, int]:
     """A checksum of every local weight, by tensor and box."""
-    buffers = engine.model.flat
-    return {
-        f"{slot.spec.name}{slot.offset}": zlib.crc32(
-            buffers.weights[slot.start : slot.end].cpu().view(torch.uint8).numpy().tobytes()
-        )
-        for slot in buffers.layout.slots
+    return {  # from copies: memory that numpy has seen cannot be freed any more
+        f"{slot.spec.name}{slot.offset}": zlib.crc32(flat.to("cpu", copy=True).view(torch.uint8).numpy().tobytes())
+        for slot, flat in _weights(engine)
     }
 
 
@@ -219,12 +224,12 @@ class Prover:
         report = self._run(arm_a(config or self.config), cell, instrument)
         return report, report.worst(lambda name: EXACT)
 
-    def numerics(self, cell: Cell) -> tuple[Report, tuple[str, float, float]]:
-        """Arm B of ``cell``: its report and its worst quantity with its limit."""
+    def numerics(self, cell: Cell, config: Config | None = None) -> tuple[Report, tuple[str, float, float]]:
+        """Arm B of ``cell``: its report and its worst quantity with its limit; ``config`` as in `layout`."""
         if self._baseline is None:
             self._baseline = self._run(self.config, Cell())
         base = self._baseline.errors
-        report = self._run(self.config, cell)
+        report = self._run(config or self.config, cell)
         return report, report.worst(lambda name: _limit(name, base, RESOLUTION[self.config.precision.dtype]))
 
     def _run(self, config: Config, cell: Cell, instrument: str = "") -> Report:

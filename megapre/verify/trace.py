@@ -111,8 +111,10 @@ class Ledger(TorchDispatchMode):
         """What building has made belongs to the optimizer, but for weights and gradients."""
         for known in list(self.sizes.values()):
             known.move("optimizer")
-        self.see(engine.model.flat.weights, "weights")
-        self.see(engine.model.flat.gradients, "gradients")
+        flat = engine.model.flat
+        for kind, home in (("weights", flat.weights), ("gradients", flat.gradients)):
+            for tensor in (*home.shards, *(room.tensor for room in home.rooms)):
+                self.see(tensor, kind)
 
     def _kind(self, tensor: Tensor) -> str:
         inside = self.phase == "activations" and tensor.dim() > 0

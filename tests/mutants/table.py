@@ -67,18 +67,18 @@ MUTANTS = (
     ),
     Mutant(
         "tied-gradients-not-exchanged",
-        "megapre/parallel/buckets.py",
-        "self._ties.append(self.grid.tied.all_reduce(self.gradients[bucket.start : bucket.end]))",
+        "megapre/parallel/zero.py",
+        "self._sums[index].append(self._grid.tied.all_reduce(whole))",
         "pass",
         f"{LAYOUTS}[gpt-1x2x2+zero1]",
         "Megatron-LM #844: embedding gradients of first and last stage differ",
     ),
     Mutant(
         "mean-over-data-ranks",
-        "megapre/parallel/buckets.py",
-        "        if not self.zero:\n            return self.replicas(bucket).all_reduce(whole)",
-        "        whole /= self.grid.data.size\n"
-        "        if not self.zero:\n            return self.replicas(bucket).all_reduce(whole)",
+        "megapre/parallel/zero.py",
+        "        if not self._partition.zero:\n            return axis.all_reduce(whole)",
+        "        whole /= self._grid.data.size\n"
+        "        if not self._partition.zero:\n            return axis.all_reduce(whole)",
         f"{LAYOUTS}[gpt-1x1x2]",
         "transformers #34242: a second average over ranks",
     ),
@@ -92,8 +92,8 @@ MUTANTS = (
     ),
     Mutant(
         "gradients-of-the-last-step-stay",
-        "megapre/parallel/buckets.py",
-        "        self.gradients.zero_()\n",
+        "megapre/parallel/zero.py",
+        "        for room in self.rooms:\n            room.tensor.zero_()\n",
         "",
         f"{LAYOUTS}[gpt-1x1x1]",
         "DeepSpeed PR #7839: zero_grad skipped",
@@ -101,8 +101,8 @@ MUTANTS = (
     Mutant(
         "bucket-reduced-before-the-last-microbatch",
         "megapre/parallel/pipeline/executor.py",
-        "elif not self.left[stage]:",
-        "elif self.left[stage] == 1:",
+        "            else:\n                self.memory.close(number, last=not self.left[stage])",
+        "            else:\n                self.memory.close(number, last=self.left[stage] == 1)",
         f"{LAYOUTS}[gpt-1x1x2]",
         "DeepSpeed PR #7985: the last microbatch's gradient was added after the all-reduce",
     ),
@@ -132,8 +132,8 @@ MUTANTS = (
     ),
     Mutant(
         "weights-not-gathered",
-        "megapre/parallel/buckets.py",
-        "        if not self.zero:\n            return\n",
+        "megapre/parallel/zero.py",
+        "        if not self._partition.zero:\n            return\n",
         "        return\n",
         f"{LAYOUTS}[gpt-1x1x2+zero1]",
         "Megatron-LM #663: stale parameters after a sharded step",

@@ -53,8 +53,8 @@ def test_layouts_of_all_ranks_tile_every_tensor_once(index: int) -> None:
             assert edges[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(edges))
             for bucket in layout.buckets:
                 parts = [bucket.shard(r, sizes["replicas"]) for r in range(sizes["replicas"])]
-                assert parts[0][0] == bucket.start and parts[-1][1] == bucket.end
-                assert all((b - a) % ALIGNMENT == 0 for a, b in parts)
+                assert parts[0].start == 0 and parts[-1].stop == bucket.size
+                assert all((part.stop - part.start) % ALIGNMENT == 0 for part in parts)
                 assert len(bucket.slots) == 1 or not bucket.tied
     assert seen == {s.name: prod(s.shape) for s in specs}, f"{SEED=} {index=}"
 

@@ -1,8 +1,9 @@
 """Runs any schedule. The same code serves one stage and many, training, validation and verify.
 
-A stage is a list of layers, and autograd is cut between them: backward walks the layers itself, so it knows
-when a layer's gradients are complete (to start their reduction) and which to run forward again (recompute), without
-hooks. Messages are posted where the schedule says and awaited where their data is used.
+A stage is a list of layers, and autograd is cut between them: backward walks the layers itself. So it knows, without
+hooks, which layer's weights are read when (to gather and free them), when a layer's gradients are complete (to reduce
+them), and which layers to run forward again (recompute). Messages are posted where the schedule says and awaited where
+their data is used.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from megapre.parallel.comm import Work
 from megapre.parallel.grid import Grid
 from megapre.parallel.pipeline.actions import BACKWARD, FORWARD, WEIGHT, Action, Communicate, Compute, Transfer
-from megapre.parallel.weight_queue import Product, WeightQueue
+from megapre.parallel.weight_queue import Addition, WeightQueue
 
 Carry = tuple[Tensor, ...]
 Key = tuple[bool, int, int]
@@ -29,6 +30,25 @@ class Layer(Protocol):
 
     def __call__(self, context: object, *carry: Tensor) -> Carry:
         """Apply the layer."""
+
+
+class Memory(Protocol):
+    """Where the layers' weights and main gradients live: told what a plan is about to touch."""
+
+    def begin(self, visits: Sequence[int]) -> None:
+        """A plan starts that enters these layers, in this order."""
+
+    def enter(self, layer: int) -> None:
+        """The weights of ``layer`` are read from here on."""
+
+    def leave(self, layer: int) -> None:
+        """The weights of ``layer`` are not read before its next visit."""
+
+    def open(self, layer: int) -> None:
+        """Gradients of ``layer`` are added from here on."""
+
+    def close(self, layer: int, last: bool) -> None:
+        """A microbatch's gradients of ``layer`` are in; ``last``: it was the plan's last."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +85,10 @@ class Executor:
         plan: Sequence[Action],
         contexts: Sequence[object],
         microbatch: int,
-        *,
-        layer_done: Callable[[int], None] = lambda number: None,
+        memory: Memory,
     ) -> list[Tensor]:
-        """Execute ``plan``; ``contexts[m]`` is microbatch m's. Returns the last stage's outputs, detached.
-
-        ``layer_done(number)`` is called when a layer has run its last backward (and W) of the plan.
-        """
-        return _Run(self, plan, contexts, microbatch, layer_done).execute()
+        """Execute ``plan``; ``contexts[m]`` is microbatch m's. Returns the last stage's outputs, detached."""
+        return _Run(self, plan, contexts, microbatch, memory).execute()
 
 
 class _Run:
@@ -84,10 +100,10 @@ class _Run:
         plan: Sequence[Action],
         contexts: Sequence[object],
         microbatch: int,
-        layer_done: Callable[[int], None],
+        memory: Memory,
     ) -> None:
         self.executor, self.plan, self.contexts, self.microbatch = executor, plan, contexts, microbatch
-        self.layer_done, self.grid = layer_done, executor.grid
+        self.memory, self.grid = memory, executor.grid
         kinds = [(action.kind, action.stage) for action in plan if isinstance(action, Compute)]
         self.training = any(kind == BACKWARD for kind, _ in kinds)
         self.split = any(kind == WEIGHT for kind, _ in kinds)
@@ -99,11 +115,13 @@ class _Run:
         self.made: dict[Key, Carry] = {}
         """What a stage of this rank made and nobody has taken yet, by the stage that needs it."""
         self.saved: dict[tuple[int, int], list[tuple[Carry, Carry | None]]] = {}
-        self.products: dict[tuple[int, int], list[tuple[int, list[Product]]]] = {}
+        self.additions: dict[tuple[int, int], list[tuple[int, list[Addition]]]] = {}
+        """What W actions are still to add to main gradients."""
         self.results: list[Tensor] = []
 
     def execute(self) -> list[Tensor]:
         self.executor.peak_in_flight = 0
+        self.memory.begin(self.visits())
         with torch.set_grad_enabled(self.training):
             for action in self.plan:
                 if isinstance(action, Communicate):
@@ -115,8 +133,17 @@ class _Run:
                     )
         for peer in list(self.departing):
             self.await_sent(peer)
-        assert not (self.saved or self.arriving or self.made or self.products), "the schedule left work undone"
+        assert not (self.saved or self.arriving or self.made or self.additions), "the schedule left work undone"
         return self.results
+
+    def visits(self) -> list[int]:
+        """The layers in the order in which this plan reads their weights."""
+        numbers: list[int] = []
+        for action in self.plan:
+            if isinstance(action, Compute) and action.kind != WEIGHT:
+                held = self.executor.stages[action.stage].numbers
+                numbers += held if action.kind == FORWARD else reversed(held)
+        return numbers
 
     def post(self, transfer: Transfer) -> None:
         peer = transfer.peer
@@ -161,12 +188,14 @@ class _Run:
         for number, layer in zip(held.numbers, held.layers):
             again = number in held.recomputed and self.training
             inputs = tuple(x.detach().requires_grad_(self.training) for x in carry)
+            self.memory.enter(number)
             with torch.set_grad_enabled(self.training and not again):
                 carry = layer(self.contexts[m], *inputs)
+            self.memory.leave(number)
             steps.append((inputs, None if again else carry))
         if self.training:
             self.saved[stage, m] = steps
-            held_now = len(self.saved) + len(self.products)
+            held_now = len(self.saved) + len(self.additions)
             self.executor.peak_in_flight = max(self.executor.peak_in_flight, held_now)
         if stage == self.executor.last:
             self.results += [output.detach() for output in carry]
@@ -179,26 +208,30 @@ class _Run:
         held = self.executor.stages[stage]
         steps = self.saved.pop((stage, m))
         if self.split:
-            self.products[stage, m] = []
+            self.additions[stage, m] = []
         else:
             self.left[stage] -= 1
         for number, layer in zip(reversed(held.numbers), reversed(held.layers)):
             inputs, outputs = steps.pop()
+            self.memory.enter(number)
+            if not self.split:
+                self.memory.open(number)
             if outputs is None:
                 outputs = layer(self.contexts[m], *inputs)
-            with self.executor.queue.kept(self.split) as products:
+            with self.executor.queue.kept(self.split) as additions:
                 torch.autograd.backward(outputs, gradients)
+            self.memory.leave(number)
             gradients = [x.grad for x in inputs]
             if self.split:
-                self.products[stage, m].append((number, products))
-            elif not self.left[stage]:
-                self.layer_done(number)
+                self.additions[stage, m].append((number, additions))
+            else:
+                self.memory.close(number, last=not self.left[stage])
         if stage:
             self.made[False, stage - 1, m] = tuple(g for g in gradients if g is not None)
 
     def weight(self, stage: int, m: int) -> None:
         self.left[stage] -= 1
-        for number, products in self.products.pop((stage, m)):
-            self.executor.queue.run(products)
-            if not self.left[stage]:
-                self.layer_done(number)
+        for number, additions in self.additions.pop((stage, m)):
+            self.memory.open(number)
+            self.executor.queue.run(additions)
+            self.memory.close(number, last=not self.left[stage])
