@@ -166,7 +166,10 @@ static void bias_dropout_residual_row(uint32_t key, uint32_t step, uint32_t site
   for (int64_t done = 0; done < count; done += 4 * BLOCK) {
     const int64_t here = count - done < 4 * BLOCK ? count - done : 4 * BLOCK;
     uint32_t four[BLOCK];
-    keep_groups(k0, step, (uint32_t)sample, position, (uint32_t)(done >> 2), site, threshold, (here + 3) / 4, four);
+    if (threshold)
+      keep_groups(k0, step, (uint32_t)sample, position, (uint32_t)(done >> 2), site, threshold, (here + 3) / 4, four);
+    else
+      memset(four, 1, sizeof four);  // nothing is dropped, so nothing need be drawn
     sweep(here, [&](int64_t i, int64_t n) INLINED {
       Bytes kept;
       memcpy(&kept, (const uint8_t*)four + i, LANES);

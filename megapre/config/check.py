@@ -79,6 +79,8 @@ RANGES = {
     "train.steps": COUNT,
     "train.global_batch": COUNT,
     "train.microbatch": COUNT,
+    "train.label_smoothing": PROBABILITY,
+    "train.z_loss": NON_NEGATIVE,
     "train.seed": NATURAL,
     "train.threads": NATURAL,
     "train.eval_interval": NATURAL,

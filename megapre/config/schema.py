@@ -202,6 +202,10 @@ class TrainConfig:
     """Samples per optimizer step over all ranks."""
     microbatch: int = 1
     """Samples per forward pass on one rank."""
+    label_smoothing: float = 0.0
+    """Share of a target's probability spread over the vocabulary (arXiv 1512.00567); validation leaves it out."""
+    z_loss: float = 0.0
+    """Weight of logsumexp(logits)^2 beside the cross-entropy (arXiv 2204.02311); validation leaves it out."""
     seed: int = 1
     """Key of initial weights and dropout."""
     device: str = "auto"
@@ -275,7 +279,7 @@ class KernelsConfig:
     dropout: str = "auto"
     """Counter-based dropout, alone or with a bias and a residual sum."""
     optimizer: str = "auto"
-    """AdamW over flat shards and the gradients' sum of squares; listed and tested, not yet used by training."""
+    """AdamW over flat shards and the gradients' sum of squares."""
 
 
 @dataclass(frozen=True)

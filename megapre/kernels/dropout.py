@@ -36,10 +36,11 @@ def bias_dropout_residual_reference(
     """residual + dropout(x + bias) for x, residual [P, B, h] and bias [h] or None, as the formula is written."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
-    dropped = dropout_reference(
-        total, seed=seed, step=step, site=site, positions=positions, samples=samples, probability=probability
-    )
-    return (residual.to(wide) + dropped).to(x.dtype)
+    if probability:
+        total = dropout_reference(
+            total, seed=seed, step=step, site=site, positions=positions, samples=samples, probability=probability
+        )
+    return (residual.to(wide) + total).to(x.dtype)
 
 
 def dropout_cpp(
@@ -123,7 +124,7 @@ class _BiasDropoutResidual(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        dropped = _draw_cpp(grad, *ctx.numbers, *ctx.saved_tensors, ctx.probability)
+        dropped = _draw_cpp(grad, *ctx.numbers, *ctx.saved_tensors, ctx.probability) if ctx.probability else grad
         grad_bias = None
         if ctx.bias_dtype is not None:
             grad_bias = dropped.sum((0, 1), dtype=torch.float32).to(ctx.bias_dtype)

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from megapre.kernels import cross_entropy
 
-Exchange = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""(max, sumexp, target's logit, logit sum) of this rank -> (lse, target's logit, logit sum) over all; each [rows]."""
+Sums = tuple[Tensor, Tensor, Tensor]
+"""(lse, target's logit, logit sum) over all ranks, each [rows]."""
+Exchange = Callable[[Tensor, Tensor, Tensor, Tensor], Sums]
+"""(max, sumexp, target's logit, logit sum) of this rank -> the sums over all."""
 
 ROWS = 768
 """Rows of a chunk on the CPU, where 512 to 2048 differ by a few percent: dW is read and written once a chunk. A GPU,
@@ -27,7 +29,7 @@ Add = Callable[[Tensor, Tensor], object]
 """Adds its second argument to its first, which may be wider."""
 
 
-def alone(maximum: Tensor, total: Tensor, target: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def alone(maximum: Tensor, total: Tensor, target: Tensor, level: Tensor) -> Sums:
     """The exchange of a rank that holds the whole vocabulary."""
     return maximum + torch.log(total), target, level
 

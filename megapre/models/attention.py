@@ -44,8 +44,8 @@ class Attention(nn.Module):
         self.kv_heads = model.n_kv_heads * kv_copies(model, axis.size) // axis.size
         self.first_head = axis.rank * self.heads
 
-    def forward(self, ctx: Context, x: Tensor) -> Tensor:
-        """Attend."""
+    def forward(self, ctx: Context, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Attend; the bias of the result is left to the residual sum."""
         fused = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = fused.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if ctx.rope is not None:
@@ -64,7 +64,7 @@ class Attention(nn.Module):
             y = checkpoint(core, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:
             y = core(q, k, v)
-        return self.output(y.flatten(2))
+        return self.output.product(y.flatten(2))
 
     def _dropout(self, ctx: Context) -> AttentionDropout | None:
         if not (ctx.training and self.dropout):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,12 @@ class Norm(nn.Module):
             return self.kernels.rms_norm(x, sink(self.weight), self.eps)
         return self.kernels.layer_norm(x, sink(self.weight), sink(self.bias), self.eps)
 
+    def of_sum(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + y, and x + y."""
+        if self.bias is None:
+            return self.kernels.add_rms_norm(y, x, sink(self.weight), self.eps)
+        return self.kernels.add_layer_norm(y, x, sink(self.weight), sink(self.bias), self.eps)
+
 
 class FeedForward(nn.Module):
     """Two linear layers around an activation; ``up`` holds gate and up side by side for SwiGLU."""
@@ -32,11 +40,13 @@ class FeedForward(nn.Module):
     def __init__(self, activation: str, up: Linear, down: Linear, kernels: Kernels) -> None:
         super().__init__()
         self.up, self.down = up, down
-        self.activation = getattr(kernels, activation)
+        fused = activation == "gelu" and up.bias is not None
+        self.activation, self.bias_gelu = getattr(kernels, activation), kernels.bias_gelu if fused else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to [seq or seq/t, batch, hidden]."""
-        return self.down(self.activation(self.up(x)))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Apply to [seq or seq/t, batch, hidden]; the bias of the result is left to the residual sum."""
+        h = self.activation(self.up(x)) if self.bias_gelu is None else self.bias_gelu(*self.up.product(x))
+        return self.down.product(h)
 
 
 class Dropout(nn.Module):
@@ -50,10 +60,30 @@ class Dropout(nn.Module):
         """Drop features of [rows, batch, hidden] in training."""
         if not (ctx.training and self.probability):
             return x
-        return self.kernels.dropout(
-            x, seed=ctx.seed, step=ctx.step, site=self.place, positions=ctx.places[ctx.shard], samples=ctx.samples,
-            probability=self.probability,
-        )  # fmt: skip
+        return self.kernels.dropout(x, **self._mask(ctx), probability=self.probability)
+
+    def join(self, ctx: Context, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+        """x + dropout(y + bias): a sub-layer's result enters the residual stream."""
+        if self._plain(ctx, bias):
+            return x + y
+        dropped = self.probability if ctx.training else 0.0
+        return self.kernels.bias_dropout_residual(y, bias, x, **self._mask(ctx), probability=dropped)
+
+    def join_and_norm(
+        self, ctx: Context, norm: Norm, x: Tensor, y: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of :meth:`join`'s sum, and the sum."""
+        if self._plain(ctx, bias):
+            return norm.of_sum(y, x)
+        x = self.join(ctx, x, y, bias)
+        return norm(x), x
+
+    def _plain(self, ctx: Context, bias: Tensor | None) -> bool:
+        return bias is None and not (ctx.training and self.probability)
+
+    def _mask(self, ctx: Context) -> dict[str, Any]:
+        positions = ctx.places[ctx.shard]
+        return {"seed": ctx.seed, "step": ctx.step, "site": self.place, "positions": positions, "samples": ctx.samples}
 
 
 class EmbeddingLayer(nn.Module):
@@ -87,19 +117,20 @@ class Block(nn.Module):
         kernels: Kernels,
     ) -> None:
         super().__init__()
-        self.layer, self.norms, self.attention, self.mlp = layer, nn.ModuleList(norms), attention, mlp
+        self.layer, self.attention, self.mlp = layer, attention, mlp
+        self.attention_norm, self.mlp_norm = norms[0], norms[1] if len(norms) > 1 else None
         self.attention_dropout = Dropout(model.dropout, site(layer, ATTENTION), kernels)
         self.mlp_dropout = Dropout(model.dropout, site(layer, MLP), kernels)
 
     def forward(self, ctx: Context, x: Tensor) -> tuple[Tensor, ...]:
         """[rows, batch, hidden] to the same."""
-        h = self.norms[0](x)
-        attended = self.attention_dropout(ctx, self.attention(ctx, h))
-        if len(self.norms) == 1:  # parallel block
-            x = x + attended + self.mlp_dropout(ctx, self.mlp(h))
+        h = self.attention_norm(x)
+        attended = self.attention(ctx, h)
+        if self.mlp_norm is None:  # parallel block: the MLP reads the same norm
+            x = self.attention_dropout.join(ctx, x, *attended)
         else:
-            x = x + attended
-            x = x + self.mlp_dropout(ctx, self.mlp(self.norms[1](x)))
+            h, x = self.attention_dropout.join_and_norm(ctx, self.mlp_norm, x, *attended)
+        x = self.mlp_dropout.join(ctx, x, *self.mlp(h))
         if ctx.rms is not None:
             ctx.rms[self.layer] = x.detach().float().square().mean()
         return (x,)
@@ -114,8 +145,8 @@ class Head(nn.Module):
 
     def forward(self, ctx: Context, x: Tensor) -> tuple[Tensor, ...]:
         """[rows, batch, hidden] to a scalar, or to logits [seq, batch, local vocabulary]."""
-        logits = self.output(self.norm(x))
-        return (logits,) if ctx.loss is None else (ctx.loss(logits, ctx),)
+        x = self.norm(x)
+        return (self.output(x) if ctx.loss is None else ctx.loss(self.output, x, ctx),)
 
 
 def mean_square(layers: int, rms: dict[int, Tensor], device: torch.device) -> Tensor:

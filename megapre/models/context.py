@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from megapre.parallel.tensor import Linear
+
 EMBEDDING, ATTENTION, MLP, WEIGHTS = range(4)
 """Kinds of dropout site."""
 
@@ -42,8 +44,8 @@ class Context:
     seed: int
     step: int
     training: bool
-    loss: Callable[[Tensor, Context], Tensor] | None = None
-    """Turns the head's logits into the scaled loss; None leaves logits."""
+    loss: Callable[[Linear, Tensor, Context], Tensor] | None = None
+    """Output layer and its input to the scaled loss; None makes the head give logits."""
     rope: tuple[Tensor, Tensor] | None = None
     """Cosines and sines of this microbatch's positions."""
     cache: KVCache | None = None

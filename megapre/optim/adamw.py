@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megapre.config.schema import OptimizerConfig
+from megapre.kernels.registry import Kernels
 from megapre.parallel.buckets import Buffers
 from megapre.parallel.layout import Bucket, Slot
 from megapre.parallel.placement import Address
@@ -23,8 +24,8 @@ class AdamW:
     place, it is these. State lives in, and is updated at, ``buffers.home``: the device or host memory.
     """
 
-    def __init__(self, config: OptimizerConfig, buffers: Buffers) -> None:
-        self.config, self.buffers, self.home = config, buffers, buffers.home
+    def __init__(self, config: OptimizerConfig, buffers: Buffers, kernels: Kernels) -> None:
+        self.config, self.buffers, self.home, self.kernels = config, buffers, buffers.home, kernels
         self.state: dict[str, list[Tensor]] = {name: [] for name in STATES}
         self.runs: list[list[tuple[bool, slice]]] = []
         """Of every bucket's shard: which stretches are decayed, and which are not."""
@@ -45,9 +46,8 @@ class AdamW:
         lr, divisor, skip = (self.home.scalar(value) for value in (lr, divisor, skip))
         self.steps += 1 - skip
         for gradients in self.home.visit(self.buffers.gradients.shards):
-            self._update(gradients, lr, divisor, skip)
-            for index in gradients:
-                self.home.deliver(self.state["weight"][index], self.buffers.weights.shards[index])
+            for index, gradient in gradients.items():
+                self._update(index, gradient, lr, divisor, skip)
         self._publish()
 
     def copy_to_model(self) -> None:
@@ -60,32 +60,20 @@ class AdamW:
         self.home.delivered()
         self.buffers.weights.publish()
 
-    def _update(self, gradients: dict[int, Tensor], lr: Tensor, divisor: Tensor, skip: Tensor) -> None:
-        """AdamW on the shards of some buckets; ``gradients``, by bucket, live where the state does."""
-        config = self.config
-        scale: Tensor | None = divisor
-        if divisor.dtype == torch.float64:  # the fused kernel reads an fp32 scale, too coarse for a proof
-            for gradient in gradients.values():
-                gradient.div_(divisor)
-            scale = None
-        for wanted in (True, False):
-            runs = [
-                tuple(tensor[run] for tensor in (self.state["weight"][index], gradient, *self._moments(index)))
-                for index, gradient in gradients.items()
-                for decay, run in self.runs[index]
-                if decay == wanted
-            ]
-            if not runs:
-                continue
-            weights, slices, averages, squares = (list(column) for column in zip(*runs))
-            torch._fused_adamw_(
-                weights, slices, averages, squares, [], [self.steps] * len(runs), lr=lr, beta1=config.beta1,
-                beta2=config.beta2, weight_decay=config.weight_decay if wanted else 0.0, eps=config.eps, amsgrad=False,
-                maximize=False, grad_scale=scale, found_inf=skip,
+    def _update(self, index: int, gradient: Tensor, lr: Tensor, divisor: Tensor, skip: Tensor) -> None:
+        """AdamW on this rank's shard of bucket ``index``; ``gradient`` lives where the state does."""
+        config, model = self.config, self.buffers.weights.shards[index]
+        master, averages, squares = (self.state[name][index] for name in STATES)
+        beside = model.device == master.device  # then the kernel writes the model's weights in the same pass
+        for decay, run in self.runs[index]:
+            copy = model[run] if beside and model is not master else None
+            self.kernels.adamw_(
+                master[run], gradient[run], averages[run], squares[run], copy, lr=lr, beta1=config.beta1,
+                beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay if decay else 0.0,
+                step=self.steps, divisor=divisor, skip=skip,
             )  # fmt: skip
-
-    def _moments(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.state["exp_avg"][index], self.state["exp_avg_sq"][index]
+        if not beside:
+            self.home.deliver(master, model)
 
     def pieces(self, *, share: bool) -> Iterator[tuple[Address, Tensor]]:
         """State as addressed flat tensors, named ``kind/tensor``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megapre.kernels.registry import Kernels
 from megapre.parallel.buckets import Buffers
 
 
@@ -15,7 +16,8 @@ class GradientNorm:
     the primary holder among tensor ranks and stages; one sum over the world completes the norm.
     """
 
-    def __init__(self, buffers: Buffers) -> None:
+    def __init__(self, buffers: Buffers, kernels: Kernels) -> None:
+        self.square_sum = kernels.square_sum
         self.world = buffers.grid.world
         self.pieces: list[Tensor] = []
         for bucket, gradients in zip(buffers.layout.buckets, buffers.gradients.shards):
@@ -30,6 +32,6 @@ class GradientNorm:
         """The norm, a 0-d tensor equal on every rank; non-finite when any gradient is."""
         squares = self.zero.clone()
         if self.pieces:
-            squares = torch.stack(torch._foreach_norm(self.pieces)).square().sum()
+            squares = torch.stack([self.square_sum(piece) for piece in self.pieces]).sum()
         self.world.all_reduce(squares).wait()
         return squares.sqrt()

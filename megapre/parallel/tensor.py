@@ -7,12 +7,15 @@ Activations are [seq, batch, features]; the sequence is dimension 0 so that both
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megapre.kernels.linear_cross_entropy import Sums, alone
 from megapre.kernels.registry import Kernels
 from megapre.parallel.comm import Axis
 
@@ -85,32 +88,27 @@ class _ColumnLinear(torch.autograd.Function):
 
 
 class _RowLinear(torch.autograd.Function):
-    """y = sum over ranks of x W^T, then + b, with the columns of W and the features of x sharded."""
+    """y = sum over ranks of x W^T, with the columns of W and the features of x sharded."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sequence: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis, sequence: bool) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.bias, ctx.axis, ctx.sequence = weight, bias, axis, sequence
-        if axis.size == 1:
-            return F.linear(x, weight, bias)
+        ctx.weight, ctx.axis, ctx.sequence = weight, axis, sequence
         y = F.linear(x, weight)
         if sequence:
-            y = scatter_sum(y, axis)
-        else:
-            axis.all_reduce(y).wait()
-        return y if bias is None else y.add_(bias)
+            return scatter_sum(y, axis)
+        axis.all_reduce(y).wait()
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         dy = dy.contiguous()
-        if ctx.bias is not None:
-            accumulate(ctx.bias, dy.flatten(0, -2).sum(0))
         if ctx.sequence:
             dy = gather(dy, ctx.axis)
         dx = dy @ ctx.weight
         accumulate_product(ctx.weight, dy, x)
-        return dx, None, None, None, None
+        return dx, None, None, None
 
 
 class Linear(nn.Module):
@@ -124,11 +122,22 @@ class Linear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.axis = weight, bias, axis
         self.sequence = sequence and axis.size > 1
-        self._function = {"column": _ColumnLinear, "row": _RowLinear}[kind]
+        self.column = {"column": True, "row": False}[kind]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
-        return self._function.apply(x, self.weight, self.bias, self.axis, self.sequence)
+        if self.column:
+            return _ColumnLinear.apply(x, self.weight, self.bias, self.axis, self.sequence)
+        y, bias = self.product(x)
+        return y if bias is None else y + bias
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The layer without its bias, and the bias for an op that adds it in passing."""
+        if self.column:
+            y = _ColumnLinear.apply(x, self.weight, None, self.axis, self.sequence)
+        else:
+            y = _RowLinear.apply(x, self.weight, self.axis, self.sequence)
+        return y, None if self.bias is None else sink(self.bias)
 
 
 class _Sink(torch.autograd.Function):
@@ -196,42 +205,70 @@ class Embedding(nn.Module):
         return _Embedding.apply(self.weight, ids, self.axis, self.sequence)
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Sum over tokens of weight x (logsumexp(logits) - logits[target]), the vocabulary being sharded."""
+class _HeadLoss(torch.autograd.Function):
+    """Sum of scale x loss over the rows; its gradients are made with it, while the logits of a chunk exist."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, valid: int, axis: Axis, kernels: Kernels
-    ) -> Tensor:
-        local = targets - axis.rank * logits.shape[-1]
-        largest, total, target, _ = kernels.ce_statistics(logits, local, valid)
-        overall = largest.clone()
-        axis.all_reduce(overall, "max").wait()
-        both = torch.stack((total * torch.exp(largest - overall), target))
-        axis.all_reduce(both).wait()
-        lse = overall + torch.log(both[0])
-        ctx.save_for_backward(logits, local, weights, lse)
-        ctx.valid, ctx.kernels = valid, kernels
-        return ((lse - both[1]) * weights).sum()
+        ctx: Any, x: Tensor, targets: Tensor, scale: Tensor, output: Linear, terms: LossTerms, kernels: Kernels,
+        training: bool,
+    ) -> Tensor:  # fmt: skip
+        weight, axis = output.weight, output.axis
+        rows = (gather(x, axis) if output.sequence else x).flatten(0, -2)
+        width = weight.shape[0]
+        valid = max(0, min(width, terms.vocab_size - axis.rank * width))
+        losses, dx = kernels.linear_cross_entropy(
+            rows, weight, targets.flatten() - axis.rank * width, scale, valid,
+            main_grad=weight.main_grad if training else None,  # type: ignore[attr-defined]
+            exchange=partial(_exchange, axis, terms.smoothing > 0),
+            smoothing=terms.smoothing, vocab=terms.vocab_size, z_loss=terms.z_loss,
+        )  # fmt: skip
+        ctx.save_for_backward(dx)
+        ctx.axis, ctx.sequence, ctx.shape = axis, output.sequence, x.shape
+        return (losses * scale).sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        logits, local, weights, lse = ctx.saved_tensors
-        # In place: nothing reads the logits again, and they are the largest activation of the model.
-        dlogits = ctx.kernels.ce_gradient_(logits.detach(), local, lse, weights * gradient, ctx.valid)
-        return dlogits, None, None, None, None, None
+        (dx,) = ctx.saved_tensors  # a part of the sum over the vocabulary's ranks
+        if ctx.sequence:
+            dx = scatter_sum(dx.view(-1, *ctx.shape[1:]), ctx.axis)
+        else:
+            ctx.axis.all_reduce(dx).wait()
+        return dx.view(ctx.shape), None, None, None, None, None, None
 
 
-def cross_entropy(
-    logits: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, axis: Axis, kernels: Kernels
+def _exchange(axis: Axis, level_wanted: bool, largest: Tensor, total: Tensor, target: Tensor, level: Tensor) -> Sums:
+    """Row statistics of this rank's part of the vocabulary -> (lse, target's logit, sum of logits) over all."""
+    if axis.size == 1:
+        return alone(largest, total, target, level)
+    overall = largest.clone()
+    axis.all_reduce(overall, "max").wait()
+    sums = [total * torch.exp(largest - overall), target, *([level] if level_wanted else [])]
+    both = torch.stack(sums)
+    axis.all_reduce(both).wait()
+    return overall + torch.log(both[0]), both[1], both[-1]
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What the cross-entropy of a job is made of, beside logits and targets."""
+
+    vocab_size: int
+    """Real token ids: columns beyond them are padding."""
+    smoothing: float = 0.0
+    """Label smoothing (arXiv 1512.00567)."""
+    z_loss: float = 0.0
+    """Weight of logsumexp(logits)^2 (arXiv 2204.02311)."""
+
+
+def head_loss(
+    output: Linear, x: Tensor, targets: Tensor, scale: Tensor, terms: LossTerms, kernels: Kernels
 ) -> Tensor:
-    """Weighted sum of the tokens' cross-entropies, a scalar in fp32 (fp64 under fp64), equal on every rank.
+    """Sum over tokens of scale x cross-entropy of the logits x W^T, equal on every tensor rank; fp32 (fp64 for fp64).
 
-    ``logits`` [..., local vocabulary] are overwritten by their gradient in backward; ``targets`` int64 and
-    ``weights`` have the leading shape. ``vocab_size`` counts real ids: columns beyond it are padding.
+    ``x`` [seq or seq/t, batch, hidden], ``targets`` int64 and ``scale`` fp32 (fp64 for fp64) [seq, batch]. The logits
+    never exist in whole. Where gradients are on, that of the weight is added to its main gradient here and now, and
+    the result's own gradient is taken to be 1: ``scale`` must hold every factor of the loss.
     """
-    width = logits.shape[-1]
-    valid = max(0, min(width, vocab_size - axis.rank * width))
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    flat = logits.reshape(-1, width)
-    return _CrossEntropy.apply(flat, targets.flatten(), weights.flatten().to(wide), valid, axis, kernels)
+    training = torch.is_grad_enabled() and x.requires_grad
+    return _HeadLoss.apply(x, targets, scale.flatten(), output, terms, kernels, training)

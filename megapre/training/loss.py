@@ -10,20 +10,20 @@ from torch import Tensor
 
 from megapre.kernels.registry import Kernels
 from megapre.models.context import Context
-from megapre.parallel.comm import Axis
-from megapre.parallel.tensor import cross_entropy
+from megapre.parallel.tensor import Linear, LossTerms, head_loss
 
 
 class Loss:
-    """Logits -> the microbatch's part of the step's loss, times the loss scale.
+    """Output layer and its input -> the microbatch's part of the step's loss, times the loss scale.
 
-    ``scale`` is a 0-d tensor: loss scale / target tokens of the global batch.
+    ``scale`` is a 0-d tensor: loss scale / target tokens of the global batch. Label smoothing and the z-loss are parts
+    of a token's loss, so they share the denominator.
     """
 
-    def __init__(self, scale: Tensor, vocab_size: int, tensor: Axis, kernels: Kernels) -> None:
-        self.scale, self.vocab_size, self.tensor, self.kernels = scale, vocab_size, tensor, kernels
+    def __init__(self, scale: Tensor, terms: LossTerms, kernels: Kernels) -> None:
+        self.scale, self.terms, self.kernels = scale, terms, kernels
 
-    def __call__(self, logits: Tensor, context: Context) -> Tensor:
-        """Scaled sum of the cross-entropies of ``logits`` [seq, batch, local vocabulary]."""
-        total = cross_entropy(logits, context.targets, context.weights, self.vocab_size, self.tensor, self.kernels)
-        return total * self.scale
+    def __call__(self, output: Linear, x: Tensor, context: Context) -> Tensor:
+        """Scaled sum of the losses of the tokens whose normed features are ``x`` [seq or seq/t, batch, hidden]."""
+        scale = context.weights.to(self.scale.dtype) * self.scale
+        return head_loss(output, x, context.targets, scale, self.terms, self.kernels)

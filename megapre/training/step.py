@@ -7,14 +7,14 @@ non-finite gradients are 0-d device tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megapre.config.schema import Config
+from megapre.config.schema import Config, KernelsConfig
 from megapre.data.loader import Microbatch
-from megapre.kernels.registry import Kernels
+from megapre.kernels.registry import Kernels, choose
 from megapre.models.block import mean_square
 from megapre.models.build import Model
 from megapre.models.context import Context
@@ -24,6 +24,7 @@ from megapre.optim.scaler import LossScale
 from megapre.parallel.pipeline.actions import Action
 from megapre.parallel.pipeline.executor import Executor
 from megapre.parallel.pipeline.schedules import plans
+from megapre.parallel.tensor import LossTerms
 from megapre.training.loss import Loss
 
 
@@ -32,7 +33,7 @@ class StepResult:
     """Device tensors of one step; reading one waits for the step."""
 
     loss: Tensor
-    """Mean cross-entropy over the global batch's target tokens, on every rank."""
+    """Mean loss over the global batch's target tokens, on every rank: cross-entropy, smoothed as the job says."""
     grad_norm: Tensor
     """Global norm before clipping."""
     skipped: Tensor
@@ -49,9 +50,12 @@ class TrainStep:
         self.config, self.model, self.kernels, self.grid = config, model, kernels, model.grid
         self.flat = model.flat
         self.executor = Executor(model.stages, model.stage_count, model.grid, model.flat.queue, model.carry)
-        self.optimizer = AdamW(config.optimizer, model.flat)
+        # Offloaded state is updated on the host, whatever the kernels of the model's device are.
+        home = model.flat.home.device
+        update = kernels if home.type == model.device.type else choose(KernelsConfig(), home, model.dtype)
+        self.optimizer = AdamW(config.optimizer, model.flat, update)
         self.scaler = LossScale(config.precision, model.device)
-        self.norm = GradientNorm(model.flat)
+        self.norm = GradientNorm(model.flat, kernels)
         self._plans: dict[tuple[int, bool], list[Action]] = {}
 
     def __call__(self, microbatches: Sequence[Microbatch], targets: int, step: int, lr: float) -> StepResult:
@@ -101,8 +105,12 @@ class TrainStep:
     def _contexts(
         self, microbatches: Sequence[Microbatch], targets: int, step: int, rms: bool, *, training: bool
     ) -> list[Context]:
-        loss = Loss(self.scaler.value / targets, self.model.vocab_size, self.grid.tensor, self.kernels)
-        seed = self.config.train.seed
+        train = self.config.train
+        terms = LossTerms(self.model.vocab_size)
+        if training:  # validation reports the plain cross-entropy, whatever the objective adds to it
+            terms = replace(terms, smoothing=train.label_smoothing, z_loss=train.z_loss)
+        loss = Loss(self.scaler.value / targets, terms, self.kernels)
+        seed = train.seed
         contexts = [self.model.context(m, seed=seed, step=step, training=training) for m in microbatches]
         for context in contexts:
             context.loss = loss

@@ -92,9 +92,11 @@ def _gradient(weight: Tensor) -> Tensor:
 
 
 def loss_sum(config: Config, w: Weights, m: Microbatch, step: int) -> Tensor:
-    """Sum over the microbatch's target tokens of their cross-entropy."""
-    scores = logits(config, w, m, _Dropper(config, m, step))
-    losses = F.cross_entropy(scores.flatten(0, 1), m.targets.flatten(), reduction="none")
+    """Sum over the microbatch's target tokens of their cross-entropy, label-smoothed, with the z-loss."""
+    scores = logits(config, w, m, _Dropper(config, m, step)).flatten(0, 1)
+    smoothing = config.train.label_smoothing
+    losses = F.cross_entropy(scores, m.targets.flatten(), reduction="none", label_smoothing=smoothing)
+    losses = losses + config.train.z_loss * scores.logsumexp(-1).square()
     return (losses * m.weights.double().flatten()).sum()
 
 

@@ -109,7 +109,7 @@ MUTANTS = (
     Mutant(
         "padding-of-the-vocabulary-in-the-softmax",
         "megapre/parallel/tensor.py",
-        "valid = max(0, min(width, vocab_size - axis.rank * width))",
+        "valid = max(0, min(width, terms.vocab_size - axis.rank * width))",
         "valid = width",
         f"{LAYOUTS}[gpt-2x1x1]",
         "Megatron-LM #1754: vocabulary that TP does not divide",
@@ -117,8 +117,8 @@ MUTANTS = (
     Mutant(
         "bias-added-by-every-tensor-rank",
         "megapre/parallel/tensor.py",
-        "        y = F.linear(x, weight)\n        if sequence:",
-        "        y = F.linear(x, weight, bias)\n        bias = None\n        if sequence:",
+        "return y, None if self.bias is None else sink(self.bias)",
+        "return y, None if self.bias is None else sink(self.bias) * self.axis.size",
         f"{LAYOUTS}[gpt-2x1x1]",
         "row-parallel bias before the reduction: bias x TP",
     ),
