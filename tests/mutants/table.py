@@ -101,8 +101,8 @@ MUTANTS = (
     Mutant(
         "bucket-reduced-before-the-last-microbatch",
         "megapre/parallel/pipeline/executor.py",
-        "            else:\n                self.memory.close(number, last=not self.left[stage])",
-        "            else:\n                self.memory.close(number, last=self.left[stage] == 1)",
+        "            else:\n                self.memory.close(number, last=not self.left[BACKWARD, stage])",
+        "            else:\n                self.memory.close(number, last=self.left[BACKWARD, stage] == 1)",
         f"{LAYOUTS}[gpt-1x1x2]",
         "DeepSpeed PR #7985: the last microbatch's gradient was added after the all-reduce",
     ),

@@ -8,6 +8,7 @@ their data is used.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -107,9 +108,8 @@ class _Run:
         kinds = [(action.kind, action.stage) for action in plan if isinstance(action, Compute)]
         self.training = any(kind == BACKWARD for kind, _ in kinds)
         self.split = any(kind == WEIGHT for kind, _ in kinds)
-        final = WEIGHT if self.split else BACKWARD
-        self.left = {stage: kinds.count((final, stage)) for stage in executor.stages}
-        """Per stage, the actions after which gradients are complete that are still to come."""
+        self.left = Counter(kinds)
+        """Per kind and stage, the actions that are still to come."""
         self.arriving: dict[Key, tuple[list[Tensor], list[Work]]] = {}
         self.departing: dict[int, tuple[list[Tensor], list[Work]]] = {}
         self.made: dict[Key, Carry] = {}
@@ -142,7 +142,7 @@ class _Run:
         for action in self.plan:
             if isinstance(action, Compute) and action.kind != WEIGHT:
                 held = self.executor.stages[action.stage].numbers
-                numbers += held if action.kind == FORWARD else reversed(held)
+                numbers += held[: self.forward_layers(action.stage)] if action.kind == FORWARD else reversed(held)
         return numbers
 
     def post(self, transfer: Transfer) -> None:
@@ -181,57 +181,75 @@ class _Run:
             work.wait()
         return tuple(tensors)
 
+    def forward_layers(self, stage: int) -> int:
+        """How many of a stage's layers run in F.
+
+        In training the last layer of all, which makes the loss, waits for B: it computes gradients along with its
+        result, and nobody needs either sooner.
+        """
+        count = len(self.executor.stages[stage].numbers)
+        return count - 1 if self.training and stage == self.executor.last else count
+
     def forward(self, stage: int, m: int) -> None:
-        held = self.executor.stages[stage]
+        held, count = self.executor.stages[stage], self.forward_layers(stage)
         carry: Carry = () if stage == 0 else self.take((True, stage, m))
         steps: list[tuple[Carry, Carry | None]] = []
-        for number, layer in zip(held.numbers, held.layers):
+        for number, layer in zip(held.numbers[:count], held.layers):
             again = number in held.recomputed and self.training
-            inputs = tuple(x.detach().requires_grad_(self.training) for x in carry)
+            inputs = self.cut(carry)
             self.memory.enter(number)
             with torch.set_grad_enabled(self.training and not again):
                 carry = layer(self.contexts[m], *inputs)
             self.memory.leave(number)
             steps.append((inputs, None if again else carry))
         if self.training:
+            if stage == self.executor.last:
+                steps.append((self.cut(carry), None))
             self.saved[stage, m] = steps
             held_now = len(self.saved) + len(self.additions)
             self.executor.peak_in_flight = max(self.executor.peak_in_flight, held_now)
-        if stage == self.executor.last:
-            self.results += [output.detach() for output in carry]
-        else:
+        elif stage == self.executor.last:
+            self.results += carry
+        if stage < self.executor.last:
             self.made[True, stage + 1, m] = carry
+
+    def cut(self, carry: Carry) -> Carry:
+        """The same values as leaves of a new graph."""
+        return tuple(x.detach().requires_grad_(self.training) for x in carry)
 
     def backward(self, stage: int, m: int) -> None:
         gradients: Sequence[Tensor | None]
         gradients = [None] if stage == self.executor.last else self.take((False, stage, m))
         held = self.executor.stages[stage]
         steps = self.saved.pop((stage, m))
+        self.left[BACKWARD, stage] -= 1
         if self.split:
             self.additions[stage, m] = []
-        else:
-            self.left[stage] -= 1
         for number, layer in zip(reversed(held.numbers), reversed(held.layers)):
+            loss = stage == self.executor.last and number == held.numbers[-1]
+            later = self.split and not loss  # the loss adds its weight gradients while it has the logits
             inputs, outputs = steps.pop()
             self.memory.enter(number)
-            if not self.split:
+            if not later:
                 self.memory.open(number)
             if outputs is None:
                 outputs = layer(self.contexts[m], *inputs)
-            with self.executor.queue.kept(self.split) as additions:
+            if loss:
+                self.results += [output.detach() for output in outputs]
+            with self.executor.queue.kept(later) as additions:
                 torch.autograd.backward(outputs, gradients)
             self.memory.leave(number)
             gradients = [x.grad for x in inputs]
-            if self.split:
+            if later:
                 self.additions[stage, m].append((number, additions))
             else:
-                self.memory.close(number, last=not self.left[stage])
+                self.memory.close(number, last=not self.left[BACKWARD, stage])
         if stage:
             self.made[False, stage - 1, m] = tuple(g for g in gradients if g is not None)
 
     def weight(self, stage: int, m: int) -> None:
-        self.left[stage] -= 1
+        self.left[WEIGHT, stage] -= 1
         for number, additions in self.additions.pop((stage, m)):
             self.memory.open(number)
             self.executor.queue.run(additions)
-            self.memory.close(number, last=not self.left[stage])
+            self.memory.close(number, last=not self.left[WEIGHT, stage])
