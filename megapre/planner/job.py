@@ -1,0 +1,270 @@
+"""What is planned: the shape of a model, its layout over ranks, the software that runs it, the machine.
+
+A megapre job becomes one through `from_config`, the only place that reads a `Config`; published runs become one in
+``benchmarks/planner/rows.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from megapre.config.schema import Config
+from megapre.planner.hardware import Device
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A transformer. Widths in features."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    """Width of a dense block's MLP."""
+    vocab: int
+    sequence: int
+    gated: bool = False
+    causal: bool = True
+    tied: bool = True
+    bias: bool = False
+    layer_norm: bool = False
+    """LayerNorm, which has a bias, rather than RMSNorm."""
+    learned_positions: bool = False
+    parallel_block: bool = False
+    dropout: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn: int = 0
+    """Width of one routed expert."""
+    shared_ffn: int = 0
+    """Width of the experts that every token visits, together."""
+    dense_layers: int = 0
+    """First blocks of an expert model that have a dense MLP."""
+
+    @property
+    def q_width(self) -> int:
+        """Features of all queries."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Features of all keys."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of an MLP."""
+        return 3 if self.gated else 2
+
+    @property
+    def moe_layers(self) -> int:
+        """Blocks with experts."""
+        return self.layers - self.dense_layers if self.experts else 0
+
+    def attention_weights(self) -> int:
+        """Elements of one block's attention matrices."""
+        return 2 * self.hidden * (self.q_width + self.kv_width)
+
+    def mlp_weights(self, moe: bool, *, active: bool = False) -> int:
+        """Elements of one block's MLP matrices; only those that one token meets when ``active``."""
+        if not moe:
+            return self.matrices * self.hidden * self.ffn
+        routed = (self.experts_per_token if active else self.experts) * self.expert_ffn
+        return self.matrices * self.hidden * (routed + self.shared_ffn) + self.hidden * self.experts
+
+    def parameters(self, *, active: bool = False) -> int:
+        """Elements of all tensors; those that one token meets when ``active``."""
+        norm = self.hidden * (2 if self.layer_norm else 1)
+        vectors = norm * (1 if self.parallel_block else 2)
+        if self.bias:
+            vectors += self.q_width + 2 * self.kv_width + 2 * self.hidden + self.ffn * (self.matrices - 1)
+        blocks = sum(
+            count * (self.attention_weights() + self.mlp_weights(moe, active=active) + vectors)
+            for count, moe in ((self.layers - self.moe_layers, False), (self.moe_layers, True))
+        )
+        positions = self.sequence * self.hidden if self.learned_positions else 0
+        return blocks + self.vocab * self.hidden * (1 if self.tied else 2) + positions + norm
+
+    def model_flops(self, tokens: float, attention: float = 0.5) -> float:
+        """FLOPs of ``tokens``, forward and backward, recomputation not counted.
+
+        ``attention``: share of the sequence^2 scores that is counted; 0.5 for causal attention, 1 in the older
+        convention of llm-foundry and NeMo.
+        """
+        blocks = sum(
+            count * (self.attention_weights() + self.mlp_weights(moe, active=True))
+            for count, moe in ((self.layers - self.moe_layers, False), (self.moe_layers, True))
+        )
+        share = attention if self.causal else 1.0
+        weights = blocks + self.hidden * self.vocab
+        return tokens * (6.0 * weights + 12.0 * self.layers * self.q_width * self.sequence * share)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is spread over ranks; names and meaning are those of [parallel] and [train] of a job."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    chunks: int = 1
+    schedule: str = "1f1b"
+    layers_per_stage: tuple[int, ...] = ()
+    sequence: bool = False
+    zero: int = 0
+    shard: int = 0
+    """Ranks over which ZeRO-3 shards; 0: all that hold the same weights (fewer is HSDP)."""
+    offload: str = "none"
+    recompute: str = "none"
+    """``none``, ``selective`` (attention), ``light`` (activations and norms) or ``full`` (blocks)."""
+    recompute_share: float = 1.0
+    """Share of each stage's blocks that recompute applies to."""
+    microbatch: int = 1
+    global_batch: int = 1
+    bucket_elements: int = 16_777_216
+
+    @property
+    def ranks(self) -> int:
+        """World size."""
+        return self.tensor * self.pipeline * self.data * self.context
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same dense weights."""
+        return self.data * self.context
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same experts."""
+        return max(1, self.replicas * self.tensor // (self.expert * self.expert_tensor))
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches of one pipeline in a step."""
+        return max(1, round(self.global_batch / (self.microbatch * self.data)))
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline."""
+        return self.pipeline * self.chunks
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The software, as far as it decides speed and memory."""
+
+    dtype: str = "bf16"
+    """``fp32``, ``bf16``, ``fp16`` or ``fp8`` (weights, gradients and residuals 16-bit)."""
+    attention: str = "flash2"
+    """``unfused`` (scores are written out), ``flash1``, ``flash2`` or ``flash3``."""
+    fusion: str = "fused"
+    """Byte-bound operations: ``fused`` by hand, ``eager`` or ``compiled`` by XLA."""
+    overlap: bool = True
+    """Data- and tensor-parallel traffic runs beside computation."""
+    engine: str = "megapre"
+    """Whose table of saved activations counts: ``megapre``, ``megatron`` or ``classic`` (Megatron-LM of 2022)."""
+    reduced_bytes: int = 4
+    """Bytes per element of a gradient on the wire."""
+    gradient_bytes: float = 4.0
+    """Bytes held per element of a gradient."""
+    master_bytes: float = 4.0
+    """Bytes per element of master weights beside the model's; 0 where they are the same memory."""
+    extra_memory: float = 0.0
+    """Bytes that the site's software was seen to hold beside all that is computed here."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element of weights and activations."""
+        return 4 if self.dtype == "fp32" else 8 if self.dtype == "fp64" else 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a prediction needs."""
+
+    shape: Shape
+    layout: Layout
+    stack: Stack
+    device: Device
+    nic: float = 0.0
+    """Bytes/s between nodes for each device, where the site's differs from the profile's."""
+    nvlink: float = 0.0
+    """Bytes/s inside a node, likewise."""
+    assumed: tuple[str, ...] = field(default=(), compare=False)
+    """Names of the fields that the description did not give."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.layout.global_batch * self.shape.sequence
+
+    def on(self, **changes: object) -> Job:
+        """The same job under another layout."""
+        return replace(self, layout=replace(self.layout, **changes))  # type: ignore[arg-type]
+
+
+def shape_of(config: Config, vocab: int) -> Shape:
+    """The shape of a job's model with ``vocab`` token ids."""
+    model = config.model
+    return Shape(
+        layers=model.layers,
+        hidden=model.hidden,
+        heads=model.heads,
+        kv_heads=model.n_kv_heads,
+        head_dim=model.head_dim,
+        ffn=model.n_ffn,
+        vocab=vocab,
+        sequence=model.sequence,
+        gated=model.activation == "swiglu",
+        causal=model.architecture == "decoder",
+        tied=model.tied_embeddings,
+        bias=model.bias,
+        layer_norm=model.norm == "layernorm",
+        learned_positions=model.positions == "learned",
+        parallel_block=model.parallel_block,
+        dropout=model.dropout > 0,
+    )
+
+
+def layout_of(config: Config) -> Layout:
+    """The layout of a checked job."""
+    parallel, train = config.parallel, config.train
+    share = 1.0
+    if parallel.recompute_layers:
+        stages = parallel.pipeline * parallel.chunks
+        share = min(1.0, parallel.recompute_layers * stages / config.model.layers)
+    return Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        data=max(1, parallel.data),
+        context=parallel.context,
+        chunks=parallel.chunks,
+        schedule=parallel.schedule,
+        layers_per_stage=tuple(parallel.layers_per_stage),
+        sequence=parallel.sequence and parallel.tensor > 1,
+        zero=parallel.zero,
+        recompute=parallel.recompute,
+        recompute_share=share,
+        microbatch=train.microbatch,
+        global_batch=train.global_batch,
+        bucket_elements=parallel.bucket_elements,
+    )
+
+
+def from_config(config: Config, device: Device, vocab: int) -> Job:
+    """The plan of a megapre job on ``device``, run by megapre itself."""
+    dtype = config.precision.dtype
+    stack = Stack(
+        dtype=dtype,
+        attention="unfused" if config.model.attention_dropout else "flash2",
+        engine="megapre",
+        master_bytes=0.0 if dtype in ("fp32", "fp64") else 4.0,
+        gradient_bytes=8.0 if dtype == "fp64" else 4.0,
+        reduced_bytes=8 if dtype == "fp64" else 4,
+    )
+    return Job(shape_of(config, vocab), layout_of(config), stack, device)

@@ -1,0 +1,222 @@
+"""Bytes of a rank by kind, at the peak of its part of the schedule.
+
+Weights, gradients and optimizer follow from the elements that a rank holds and the ZeRO stage. Activations follow the
+rank's actions in the order of the schedule that the engine runs: F keeps, B (or W) releases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megapre.planner.job import Job, Shape
+from megapre.planner.pipeline import SPLIT, owners, stage_layers, zero_bubble_h2
+from megapre.planner.saved import STATISTICS, kept_bytes, local_tokens
+from megapre.parallel.pipeline.actions import BACKWARD, FORWARD, Compute
+from megapre.parallel.pipeline.schedules import SCHEDULES
+
+GIB = 2.0**30
+KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "allocator")
+CONTEXT = 2.0 * GIB
+"""A GPU's context, communicators and workspaces."""
+FRAGMENTS = 0.04
+"""Share of activations that a caching allocator loses."""
+ROUNDS = 4
+"""Microbatches simulated per pipeline rank: the peak comes in the first rounds."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float
+    allocator: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All kinds."""
+        return sum(self.kinds().values())
+
+    def kinds(self) -> dict[str, float]:
+        """Kind -> bytes."""
+        return {name: getattr(self, name) for name in KINDS}
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Weights of one rank: those that replicas share, and those of experts."""
+
+    dense: float
+    experts: float
+    largest_dense: float
+    """Dense elements of the largest layer: what ZeRO-3 gathers at a time."""
+    largest_experts: float
+
+
+def block_elements(shape: Shape, tensor: int, moe: bool) -> tuple[float, float]:
+    """(dense, routed experts') elements of one block on one tensor rank, experts not yet split."""
+    h, t = shape.hidden, tensor
+    kv = max(shape.kv_width / t, shape.head_dim)
+    matrices = 2 * h * shape.q_width / t + 2 * h * kv
+    norm = h * (2 if shape.layer_norm else 1)
+    vectors = norm * (1 if shape.parallel_block else 2)
+    if shape.bias:
+        vectors += shape.q_width / t + 2 * kv + 2 * h
+    up = shape.matrices - 1
+    if not moe:
+        width = shape.ffn / t
+        return matrices + shape.matrices * h * width + vectors + (up * width if shape.bias else 0), 0.0
+    shared = shape.matrices * h * shape.shared_ffn / t + h * shape.experts
+    return matrices + shared + vectors, float(shape.matrices * h * shape.expert_ffn * shape.experts)
+
+
+def elements(job: Job, rank: int) -> Elements:
+    """Weights of pipeline rank ``rank``."""
+    shape, layout = job.shape, job.layout
+    table = -(-shape.vocab // layout.tensor) * shape.hidden
+    norm = shape.hidden * (2 if shape.layer_norm else 1)
+    split = layout.expert * layout.expert_tensor
+    counts, owned = stage_layers(shape, layout), owners(layout)
+    first_moe = shape.layers - shape.moe_layers
+    dense = experts = done = 0.0
+    largest = (0.0, 0.0)
+    has_table = False
+    for stage, (count, owner) in enumerate(zip(counts, owned)):
+        plain = min(max(0, first_moe - done), count)
+        done += count
+        if owner != rank:
+            continue
+        for number, moe in ((plain, False), (count - plain, True)):
+            shared, routed = block_elements(shape, layout.tensor, moe) if number else (0.0, 0.0)
+            dense, experts = dense + number * shared, experts + number * routed / split
+            largest = max(largest, (shared, routed / split))
+        if stage == 0:
+            dense += table + (shape.sequence * shape.hidden if shape.learned_positions else 0)
+            has_table = True
+        if stage == len(counts) - 1:
+            dense += norm + (0 if shape.tied and has_table else table)
+    return Elements(dense, experts, max(largest[0], table if has_table else 0.0), largest[1])
+
+
+def memory(job: Job, rank: int = 0) -> Memory:
+    """Peak bytes of pipeline rank ``rank``."""
+    layout, stack = job.layout, job.stack
+    held = elements(job, rank)
+    groups = ((held.dense, layout.shard or layout.replicas), (held.experts, layout.expert_replicas))
+
+    def split(stage: int) -> float:
+        return sum(count / (ranks if layout.zero >= stage else 1) for count, ranks in groups)
+
+    weights = split(3) * stack.width
+    gradients = split(2) * stack.gradient_bytes
+    optimizer = split(1) * (8.0 * max(1.0, stack.width / 4) + stack.master_bytes)
+    if "optimizer" in layout.offload:
+        optimizer = 0.0
+    activations, logits = _peak(job, rank, held)
+    buffers = _buffers(job, held)
+    lost = 0.0
+    if job.device.kind == "gpu":
+        lost = CONTEXT + FRAGMENTS * (activations + logits + buffers) + stack.extra_memory
+    return Memory(weights, gradients, optimizer, activations, logits, buffers, lost)
+
+
+def fullest(job: Job) -> Memory:
+    """The rank that needs most."""
+    return max((memory(job, rank) for rank in ends(job)), key=lambda m: m.total)
+
+
+def ends(job: Job) -> list[int]:
+    """Pipeline ranks among which the fullest is: the first, the second and the last."""
+    return sorted({0, min(1, job.layout.pipeline - 1), job.layout.pipeline - 1})
+
+
+@lru_cache(maxsize=4096)
+def rank_actions(schedule: str, ranks: int, chunks: int, microbatches: int, rank: int) -> tuple[Compute, ...]:
+    """The compute actions of one rank, enough of them to reach its peak."""
+    count = min(microbatches, ROUNDS * ranks)
+    if schedule == "zb-h2":
+        return tuple(zero_bubble_h2(ranks, count)[rank])
+    return tuple(SCHEDULES[schedule].generate(ranks, chunks, count)[rank])
+
+
+def _peak(job: Job, rank: int, held: Elements) -> tuple[float, float]:
+    """(activations, logits) at the moment when their sum is largest."""
+    shape, layout = job.shape, job.layout
+    counts = stage_layers(shape, layout)
+    first_moe = shape.layers - shape.moe_layers
+    blocks = {moe: kept_bytes(job, moe) for moe in ((False, True) if shape.moe_layers else (False,))}
+    keeps: list[float] = []
+    done = 0
+    for count in counts:
+        plain = min(max(0, first_moe - done), count)
+        done += count
+        keeps.append(plain * blocks[False][0] + (count - plain) * blocks.get(True, (0.0, 0.0))[0])
+    last = len(counts) - 1
+    head_kept, logits, head_extra = head_bytes(job)
+    again = max(whole for _, whole in blocks.values()) - (0 if layout.recompute != "full" else _input_bytes(job))
+    working = again if layout.recompute == "full" else 0.0
+    working += _transient(job)
+    live = peak = 0.0
+    peak_logits = 0.0
+    frees = "W" if layout.schedule in SPLIT else BACKWARD
+    for action in rank_actions(layout.schedule, layout.pipeline, layout.chunks, layout.microbatches, rank):
+        at_head = action.stage == last and action.kind != "W"
+        if action.kind == FORWARD:
+            live += keeps[action.stage]
+        extra = working if action.kind == BACKWARD else 0.0
+        own = head_kept + logits + head_extra if at_head else 0.0
+        now = live + max(extra, own)
+        if now > peak:
+            peak, peak_logits = now, (logits if at_head and own >= extra else 0.0)
+        if action.kind == frees:
+            live -= keeps[action.stage]
+    return peak - peak_logits, peak_logits
+
+
+def _input_bytes(job: Job) -> float:
+    rows = local_tokens(job) / (job.layout.tensor if job.layout.sequence else 1)
+    return rows * job.shape.hidden * job.stack.width
+
+
+def head_bytes(job: Job) -> tuple[float, float, float]:
+    """Final norm and its input, logits, and what their backward needs beside them, for a microbatch."""
+    shape, layout, w = job.shape, job.layout, job.stack.width
+    tokens = local_tokens(job)
+    rows = tokens / (layout.tensor if layout.sequence else 1)
+    columns = -(-shape.vocab // layout.tensor)
+    kept = rows * (2 * shape.hidden * w + STATISTICS)
+    logits = tokens * columns * w
+    if job.stack.engine == "megapre":
+        extra = tokens * shape.hidden * w + (columns * shape.hidden * w if w < 4 else 0)
+    else:  # fp32 logits beside the 16-bit ones, and their gradient
+        extra = tokens * columns * 8.0 if layout.pipeline == 1 else tokens * columns * 4.0
+    return kept, logits, extra
+
+
+def _transient(job: Job) -> float:
+    """Gradients of the block whose backward runs, beyond what it frees."""
+    shape, layout, w = job.shape, job.layout, job.stack.width
+    tokens = local_tokens(job)
+    return tokens * (shape.ffn * shape.matrices / layout.tensor + 2 * shape.hidden) * w
+
+
+def _buffers(job: Job, held: Elements) -> float:
+    """Inputs of the step's microbatches, rotation tables, gathered weights of ZeRO-3, buckets of ZeRO-2."""
+    shape, layout, stack = job.shape, job.layout, job.stack
+    tokens = local_tokens(job)
+    size = 0.0
+    if stack.engine == "megapre":
+        each = tokens * (8 + 8 + 4 + 8) + (0 if shape.learned_positions else tokens * 4 * shape.head_dim)
+        size += each * layout.microbatches
+    if layout.zero == 3:
+        size += 2 * stack.width * (held.largest_dense + held.largest_experts) + stack.gradient_bytes * (
+            held.largest_dense + held.largest_experts
+        )
+    if layout.zero == 2:
+        size += stack.gradient_bytes * max(layout.bucket_elements, held.largest_dense)
+    return size
