@@ -14,6 +14,7 @@ from megapre.config.load import to_toml
 from megapre.config.schema import Config
 from megapre.data.check import check_data
 from megapre.data.loader import Loader, validation
+from megapre.kernels.registry import report
 from megapre.monitor.metrics import Monitor
 from megapre.monitor.throughput import Throughput
 from megapre.resilience.connect import connected
@@ -34,6 +35,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "job.toml").write_text(to_toml(config))
         monitor = Monitor(config, run_dir, active=main)
+        for line in report(engine.kernels, device):
+            monitor.text(line)
         start = resume(config, engine, monitor.text)
         monitor.started(start)
         data_rank, data_size = grid.data.rank, grid.data.size

@@ -103,18 +103,6 @@ def norm_backward(
     return grad_x, grad_weight, grad_bias
 
 
-def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm of contiguous x [rows, h]: y like x, and 1/rms fp32 [rows]."""
-    y, _, _, rstd = norm_forward(x, weight, None, eps, layer=False)
-    return y, rstd
-
-
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x (like x) and of the weight (like it) from grad, x [rows, h] and 1/rms [rows]."""
-    grad_x, grad_weight, _ = norm_backward(grad, x, weight, None, rstd)
-    return grad_x, grad_weight
-
-
 def rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, inverse: bool, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -199,12 +187,15 @@ def cross_entropy_fused_(
 def adamw_(
     master: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, model: Tensor | None, *,
     lr: float | Tensor, beta1: float, beta2: float, eps: float, weight_decay: float, step: int | Tensor,
-    divisor: Tensor | None = None, skip: Tensor | None = None,
+    divisor: float | Tensor | None = None, skip: float | Tensor | None = None,
 ) -> None:  # fmt: skip
     """One AdamW step (arXiv 1711.05101) on flat fp32 shards, ``model`` (bf16 or fp16) getting the new weights.
 
     lr, step (from 1), divisor of the gradient and skip (not 0: change nothing) may be fp32 0-d tensors: no host wait.
     """
+    divisor, skip = (
+        torch.full((), x, device=master.device) if isinstance(x, float) else x for x in (divisor, skip)
+    )
     numbers = [lr, step, divisor, skip]
     at = [x if isinstance(x, Tensor) else None for x in numbers]
     if any(x is not None and x.dtype != torch.float32 for x in at):

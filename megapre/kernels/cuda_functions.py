@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megapre.kernels import cuda
+from megapre.kernels import linear_cross_entropy as whole
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -34,9 +35,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def rope_qk(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Rotate q [s, b, hq, d] and k [s, b, hk, d] by fp32 tables [s, b, d/2] in one launch."""
+    """Rotate q [s, b, hq, d] and k [s, b, hk, d] by fp32 tables [s, b, d/2] in one launch, into new memory."""
     return _Rope.apply(q, k, cos, sin, interleaved)
 
 
@@ -48,6 +49,19 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
 def swiglu(gate_up: Tensor) -> Tensor:
     """SwiGLU [..., 2f] -> [..., f]."""
     return _SwiGLU.apply(gate_up)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, valid: int, *, main_grad: Tensor | None,
+    exchange: whole.Exchange = whole.alone, smoothing: float = 0.0, vocab: int = 0, z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Row losses [n] and the gradient of x [n, h]; that of the weight is added to ``main_grad`` fp32 [v, h].
+
+    Products by cuBLAS, chunk by chunk.
+    """
+    parts = (cuda.cross_entropy_statistics, cuda.cross_entropy_gradient_)
+    options = {"smoothing": smoothing, "vocab": vocab, "z_loss": z_loss}
+    return whole.chunked(*parts, x, weight, targets, scale, valid, main_grad, exchange, options, whole.GPU_ROWS)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -85,6 +99,7 @@ class _Rope(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin, interleaved):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
+        q, k = (x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous() for x in (q, k))
         return cuda.rope(q, k, cos, sin, interleaved=interleaved, inverse=False)
 
     @staticmethod

@@ -19,9 +19,9 @@ Sums = tuple[Tensor, Tensor, Tensor]
 Exchange = Callable[[Tensor, Tensor, Tensor, Tensor], Sums]
 """(max, sumexp, target's logit, logit sum) of this rank -> the sums over all."""
 
-ROWS = 768
-"""Rows of a chunk on the CPU, where 512 to 2048 differ by a few percent: dW is read and written once a chunk. A GPU,
-whose products are faster against its memory, wants 2048 and more."""
+ROWS, GPU_ROWS = 768, 2048
+"""Rows of a chunk on the CPU, where 512 to 2048 differ by a few percent, and on a GPU, whose products are faster
+against its memory: dW is read and written once a chunk."""
 COLUMNS = 4096
 """Vocabulary rows of a product dlogits^T x that exist at a time where the product is narrower than ``main_grad``."""
 
@@ -147,6 +147,9 @@ def add_product_(main_grad: Tensor, dlogits: Tensor, x: Tensor, add_: Add) -> No
     """Add dlogits^T x to ``main_grad``, which is fp32 where the others may be narrower."""
     if main_grad.dtype == x.dtype:
         main_grad.addmm_(dlogits.t(), x)
+        return
+    if main_grad.device.type == "cuda":  # cuBLAS multiplies in bf16 and adds into fp32 in one pass
+        torch.addmm(main_grad, dlogits.t(), x, out_dtype=main_grad.dtype, out=main_grad)
         return
     for start in range(0, main_grad.shape[0], COLUMNS):  # the narrow product stays a small temporary
         piece = slice(start, start + COLUMNS)

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megapre.kernels import cuda
-
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
@@ -94,11 +92,6 @@ def add_layer_norm_cpp(
 def add_rms_norm_cpp(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``add_rms_norm_reference`` in C++ (``csrc/cpu/kernels.cpp``); CPU, fp32 or bf16."""
     return _AddRMSNorm.apply(x, residual, weight, eps)
-
-
-def rms_norm_cuda(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm in CUDA (``csrc/cuda/rms_norm.cu``); fp32 or bf16. Not yet executed on a GPU."""
-    return _RMSNormCuda.apply(x, weight, eps)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -183,18 +176,3 @@ class _AddRMSNorm(torch.autograd.Function):
 
 def _rows(grad: Tensor | None, like: Tensor) -> Tensor | None:
     return None if grad is None else grad.reshape(like.shape).contiguous()
-
-
-class _RMSNormCuda(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y, rstd = cuda.rms_norm_forward(rows, weight, eps)
-        ctx.save_for_backward(rows, weight, rstd)
-        return y.view(x.shape)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
-        rows, weight, rstd = ctx.saved_tensors
-        grad_x, grad_weight = cuda.rms_norm_backward(grad.reshape(rows.shape).contiguous(), rows, weight, rstd)
-        return grad_x.view(grad.shape), grad_weight.to(weight.dtype), None

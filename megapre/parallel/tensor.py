@@ -220,7 +220,7 @@ class _HeadLoss(torch.autograd.Function):
         losses, dx = kernels.linear_cross_entropy(
             rows, weight, targets.flatten() - axis.rank * width, scale, valid,
             main_grad=weight.main_grad if training else None,  # type: ignore[attr-defined]
-            exchange=partial(_exchange, axis, terms.smoothing > 0),
+            exchange=alone if axis.size == 1 else partial(_exchange, axis, terms.smoothing > 0),
             smoothing=terms.smoothing, vocab=terms.vocab_size, z_loss=terms.z_loss,
         )  # fmt: skip
         ctx.save_for_backward(dx)
@@ -239,8 +239,6 @@ class _HeadLoss(torch.autograd.Function):
 
 def _exchange(axis: Axis, level_wanted: bool, largest: Tensor, total: Tensor, target: Tensor, level: Tensor) -> Sums:
     """Row statistics of this rank's part of the vocabulary -> (lse, target's logit, sum of logits) over all."""
-    if axis.size == 1:
-        return alone(largest, total, target, level)
     overall = largest.clone()
     axis.all_reduce(overall, "max").wait()
     sums = [total * torch.exp(largest - overall), target, *([level] if level_wanted else [])]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megapre.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig
+from megapre.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig, TrainConfig
 from megapre.parallel.pipeline.schedules import plans
 from megapre.parallel.pipeline.simulate import simulate
 from megapre.verify.cells import Cell, every, parse, scaled_down
@@ -38,6 +38,7 @@ PALM = Config(
     model=ModelConfig(parallel_block=True, activation="swiglu", positions="rope", heads=4, kv_heads=1, bias=True),
     optimizer=OptimizerConfig(lr=3e-3),
     precision=PrecisionConfig(dtype="fp16"),
+    train=TrainConfig(label_smoothing=0.1, z_loss=1e-2),
 )
 JOBS = {"gpt": GPT, "bert": BERT, "llama": LLAMA, "palm": PALM}
 

@@ -37,9 +37,9 @@ def test_auto_picks_cpp_then_torch_then_reference(monkeypatch):
 def test_names_are_checked_in_one_sentence():
     with pytest.raises(ValueError, match=r"attention has no version 'flash': set kernels.attention to auto or one of"):
         registry.choose(KernelsConfig(attention="flash"), CPU, torch.float32)
-    with pytest.raises(ValueError, match=r"rms_norm version 'cuda' runs on CUDA devices, not on cpu: set kernels.norm"):
+    with pytest.raises(ValueError, match=r"layer_norm version 'cuda' runs on CUDA devices, not on cpu: set kernels"):
         registry.choose(KernelsConfig(norm="cuda"), CPU, torch.float32)
-    with pytest.raises(ValueError, match="handles fp32 and bf16, not float64"):
+    with pytest.raises(ValueError, match="handles fp32 and bf16, not fp64"):
         registry.choose(KernelsConfig(cross_entropy="cpp"), CPU, torch.float64)
     chosen = registry.choose(KernelsConfig(norm="reference", activation="torch"), CPU, torch.float32).chosen
     assert chosen["layer_norm"] == chosen["rms_norm"] == "reference" and chosen["swiglu"] == "torch"

@@ -1,8 +1,8 @@
 """The output layer and its cross-entropy by chunks, local parts in Triton, products by torch (cuBLAS).
 
 The contract is that of ``megapre/kernels/linear_cross_entropy.py``. On a rank that holds the whole vocabulary a chunk's
-statistics and gradient are one launch. A chunk has ``ROWS`` rows: W is read twice and dW read and written once a chunk,
-14 GB in all at 8192 rows of 4096 features and 128,256 entries, where chunks of 256 rows take 148.
+statistics and gradient are one launch. A chunk has ``GPU_ROWS`` rows: W is read twice and dW read and written once a
+chunk, 14 GB in all at 8192 rows of 4096 features and 128,256 entries, where chunks of 256 rows take 148.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from megapre.kernels import cross_entropy as local
 from megapre.kernels import linear_cross_entropy as whole
 from megapre.kernels.linear_cross_entropy import Exchange, alone
 from megapre.kernels.triton.cross_entropy import gradient_triton_, statistics_triton, whole_triton_
-
-ROWS = 2048
 
 
 def linear_ce_triton(
@@ -39,10 +37,10 @@ def linear_ce_triton(
     n = x.shape[0]
     losses = torch.empty(n, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if main_grad is not None else x[:0]
-    buffer = x.new_empty((min(ROWS, n), weight.shape[0]))
+    buffer = x.new_empty((min(whole.GPU_ROWS, n), weight.shape[0]))
     at_once = exchange is alone and main_grad is not None and vocab in (0, valid)
-    for start in range(0, n, ROWS):
-        piece = slice(start, min(start + ROWS, n))
+    for start in range(0, n, whole.GPU_ROWS):
+        piece = slice(start, min(start + whole.GPU_ROWS, n))
         logits = buffer[: piece.stop - start]
         torch.mm(x[piece], weight.t(), out=logits)
         if at_once:
@@ -57,13 +55,5 @@ def linear_ce_triton(
         losses[piece] = torch.where(scale[piece] == 0, 0.0, found)
         if main_grad is not None:
             torch.mm(logits, weight, out=dx[piece])
-            _accumulate(main_grad, logits, x[piece])
+            whole.add_product_(main_grad, logits, x[piece], Tensor.add_)
     return losses, dx
-
-
-def _accumulate(main_grad: Tensor, dlogits: Tensor, x: Tensor) -> None:
-    if main_grad.device.type == "cuda" and main_grad.dtype != x.dtype:
-        # cuBLAS multiplies in bf16 and adds into fp32 in one pass.
-        torch.addmm(main_grad, dlogits.t(), x, out_dtype=main_grad.dtype, out=main_grad)
-    else:
-        whole.add_product_(main_grad, dlogits, x, Tensor.add_)

@@ -118,7 +118,7 @@ def test_strided_logits_and_far_targets(device):
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "smoothed"])
 @pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
 def test_linear_cross_entropy(shared, options, dtype, device, monkeypatch):
-    monkeypatch.setattr(linear_cross_entropy, "ROWS", 4)
+    monkeypatch.setattr(linear_cross_entropy.whole, "GPU_ROWS", 4)
     n, h, v, valid = 11, 24, 50, 45
     x, weight = draw((n, h), dtype, device, 1), draw((v, h), dtype, device, 2)
     weight.requires_grad_()
