@@ -1,9 +1,9 @@
 """Build the native libraries: C++ kernels and data helpers always, CUDA kernels where nvcc is found.
 
-``megapre/_C*.so``: csrc/cpu and csrc/data, ops of ``torch.ops.megapre``. The kernels are compiled once per instruction
-set and picked at run time, so the library runs on any machine of the architecture. ``megapre/_cuda.so``: csrc/cuda,
-plain C functions without torch, which load without a GPU too. Objects are kept and rebuilt when a source, header,
-command or torch changes.
+``megapre/_C*.so``: csrc/cpu, ops of ``torch.ops.megapre``. The kernels are compiled once per instruction set and picked
+at run time, so the library runs on any machine of the architecture. ``megapre/_data.so``: csrc/data, and
+``megapre/_cuda.so``: csrc/cuda, plain C functions without torch; the latter loads without a GPU too. Objects are kept
+and rebuilt when a source, header, command or torch changes.
 """
 
 import os
@@ -54,11 +54,18 @@ def cpp_jobs(objects: Path) -> tuple[list[Job], list[str]]:
     includes = [flag for path in include_paths() for flag in ("-isystem", path)]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(compiled_with_cxx11_abi())}"
     torch_flags = [*compiler, *FLAGS, "-O2", "-std=c++20", abi, "-DAT_PARALLEL_OPENMP=1", *includes]
-    for source in [*sorted((CSRC / "cpu").glob("ops*.cpp")), *sorted((CSRC / "data").glob("*.cpp"))]:
+    for source in sorted((CSRC / "cpu").glob("ops*.cpp")):
         jobs.append((torch_flags, source, objects / f"{source.parent.name}.{source.name}.o"))
     jobs.sort(key=lambda job: job[0] is not torch_flags)  # the slow ones first
     link = [*compiler, "-shared", "-fopenmp", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu"]
     return jobs, link
+
+
+def data_jobs(objects: Path) -> tuple[list[Job], list[str]]:
+    """Compilations of the data helpers, which tools use before, or without, torch; and the link flags."""
+    command = [*shlex.split(os.environ.get("CXX", "g++")), "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
+    sources = sorted((CSRC / "data").glob("*.cpp"))
+    return [(command, source, objects / f"data.{source.name}.o") for source in sources], [command[0], "-shared"]
 
 
 def find_nvcc() -> str | None:
@@ -129,6 +136,7 @@ class BuildNative(build_ext):
         for folder in (package, objects):
             folder.mkdir(parents=True, exist_ok=True)
         build(*cpp_jobs(objects), package / Path(self.get_ext_filename("megapre._C")).name)
+        build(*data_jobs(objects), package / "_data.so")
         nvcc = find_nvcc()
         if nvcc is None:
             print("megapre: no nvcc on PATH or in CUDA_HOME, so no CUDA kernels (the CPU kernels are built)")

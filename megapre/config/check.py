@@ -10,6 +10,8 @@ import math
 from dataclasses import fields, replace
 from typing import Any
 
+from megapre.config.ramp import clock
+from megapre.config.ramp_rules import RAMP_RULES
 from megapre.config.schema import Config
 
 
@@ -32,6 +34,7 @@ CHOICES = {
     "parallel.recompute": ("none", "selective", "full"),
     "parallel.zero": (0, 1, 2, 3),
     "parallel.offload": ("none", "optimizer", "parameters"),
+    "schedule.unit": ("steps", "samples", "tokens"),
     "schedule.kind": ("cosine", "linear", "wsd", "inverse-sqrt", "piecewise", "constant"),
     "precision.dtype": ("fp32", "bf16", "fp16", "fp64"),
     "train.device": ("auto", "cpu", "cuda"),
@@ -394,7 +397,7 @@ def masked_objective_hides(config: Config) -> str | None:
 def warmup_ends_before_decay(config: Config) -> str | None:
     """The decay needs steps after the warm-up."""
     schedule = config.schedule
-    end = schedule.decay or config.train.steps
+    end = schedule.decay or clock(config, config.train.steps)
     if schedule.kind in ("cosine", "linear") and schedule.warmup >= end:
         source = "schedule.decay" if schedule.decay else "train.steps"
         return f"schedule.warmup ({schedule.warmup}) must be below {source} ({end}), where the decay ends"
@@ -404,7 +407,7 @@ def warmup_ends_before_decay(config: Config) -> str | None:
 def schedule_is_described(config: Config) -> str | None:
     """Each schedule has what it needs, and nothing that only another one reads."""
     schedule = config.schedule
-    kind, end = schedule.kind, schedule.decay or config.train.steps
+    kind, end = schedule.kind, schedule.decay or clock(config, config.train.steps)
     if kind != "wsd" and schedule.cooldown:
         return f"schedule.cooldown ({schedule.cooldown}) belongs to schedule.kind = 'wsd' but this one is '{kind}'"
     if kind != "piecewise" and (schedule.milestones or schedule.factors):
@@ -459,6 +462,7 @@ RULES = (
     stages_have_blocks,
     layers_per_stage_fit,
     batch_divides,
+    *RAMP_RULES,
     schedule_fits,
     offload_fits,
     split_sums_to_one,

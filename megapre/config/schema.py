@@ -164,6 +164,8 @@ class ScheduleConfig:
 
     kind: str = "cosine"
     """``cosine``, ``linear``, ``wsd`` (warm-up, stable, decay), ``inverse-sqrt``, ``piecewise`` or ``constant``."""
+    unit: str = "steps"
+    """What ``warmup``, ``decay``, ``cooldown`` and ``milestones`` count: ``steps``, ``samples`` or ``tokens``."""
     warmup: int = 0
     """Steps of linear warm-up."""
     decay: int = 0
@@ -206,6 +208,12 @@ class TrainConfig:
     """Share of a target's probability spread over the vocabulary (arXiv 1512.00567); validation leaves it out."""
     z_loss: float = 0.0
     """Weight of logsumexp(logits)^2 beside the cross-entropy (arXiv 2204.02311); validation leaves it out."""
+    batch_ramp: list[int] = field(default_factory=list)
+    """[start, increment, samples]: the batch grows from ``start`` by ``increment`` to ``global_batch`` over the first
+    ``samples`` samples (Megatron's --rampup-batch-size). Empty: no ramp."""
+    sequence_ramp: list[int] = field(default_factory=list)
+    """[start, samples]: rows grow by doubling from ``start`` tokens to ``model.sequence`` over the first ``samples``
+    samples. A sample is cut into rows, so its order and a step's tokens stay the same. Empty: no ramp."""
     seed: int = 1
     """Key of initial weights and dropout."""
     device: str = "auto"

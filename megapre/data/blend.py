@@ -12,6 +12,8 @@ from math import fsum, gcd, isfinite
 
 import numpy as np
 
+from megapre.data import native
+
 UNIT = 1 << 20
 SHORT_PERIOD = 4096
 
@@ -86,6 +88,15 @@ def chairman(counts: Sequence[int]) -> np.ndarray:
     return source[by_due[np.asarray(seated)]]
 
 
+def _with_ranks(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """`chairman` and the rank of each slot among its source's, int32: the definition that csrc/data follows."""
+    source = chairman(counts)
+    rank = np.empty(len(source), np.int32)
+    first = np.cumsum(counts) - counts
+    rank[np.argsort(source, kind="stable")] = np.arange(len(source)) - np.repeat(first, counts)
+    return source, rank
+
+
 class Blend:
     """Order of sources under fixed weights; the same whatever the length of the run."""
 
@@ -94,12 +105,7 @@ class Blend:
         self.period = sum(self.counts)
         self._source: np.ndarray | None = None
         if len(self.counts) > 1:
-            self._source = chairman(self.counts)
-            by_source = np.argsort(self._source, kind="stable")
-            rank = np.empty(self.period, np.int32)
-            first = np.cumsum(self.counts) - self.counts
-            rank[by_source] = np.arange(self.period) - np.repeat(first, self.counts)
-            self._rank = rank
+            self._source, self._rank = native.chairman(self.counts) or _with_ranks(self.counts)
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Source of ``sample`` and its rank among all samples of that source."""

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megapre.data import native
 from megapre.data.sidecar import Sidecar, TokenizerRecord, read_sidecar, tree_digest
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -54,6 +55,7 @@ class IndexedDataset:
         self._lengths = body[at : at + 4 * s].view("<i4")
         self._pointers = body[at + 4 * s : at + 12 * s].view("<i8")
         self._first = body[at + 12 * s : at + 12 * s + 8 * entries].view("<i8")
+        self._addresses = (self._first.ctypes.data, self.n_documents, self._pointers.ctypes.data, s)
         bin_bytes = os.fstat(self._bin.fileno()).st_size
         self._check_ends(bin_bytes)
         self.total_tokens = bin_bytes // self.dtype.itemsize
@@ -117,6 +119,11 @@ class IndexedDataset:
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Tokens in [start, stop) that begin a document, int64, ascending; O(log documents) page touches."""
+        found = native.document_starts(*self._addresses, self.dtype.itemsize, self.total_tokens, start, stop)
+        return self._document_starts(start, stop) if found is None else found
+
+    def _document_starts(self, start: int, stop: int) -> np.ndarray:
+        """The definition, which also says what is wrong with a damaged record."""
         low = bisect_left(range(self.n_documents), start, key=self.document_start)
         # A sample spans few documents: double a step from the first rather than search them all again.
         step = 1

@@ -1,7 +1,8 @@
 """Batches of a data-parallel rank, as torch CPU tensors laid out [seq, batch].
 
-Step k holds the samples [k G, (k + 1) G) of the run, G the global batch; microbatch m of rank d of D holds
-k G + (m D + d) b + [0, b). So the samples of a step depend on nothing but k and the job's data settings.
+Step k holds the G samples of the run from F on, G the global batch and F = k G unless it ramps up (``config.ramp``);
+microbatch m of rank d of D holds F + (m D + d) b + [0, b). So the samples of a step depend on nothing but k and the
+job's data settings.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megapre.config.ramp import Steps
 from megapre.config.schema import Config
-from megapre.data.samples import Sample, Samples
+from megapre.data.samples import Sample, Samples, cut
 
 
 @dataclass
@@ -64,15 +66,17 @@ class Loader:
         split: str = "train",
         start_step: int = 0,
     ) -> None:
-        batch, micro = config.train.global_batch, config.train.microbatch
-        if micro < 1 or batch < 1 or batch % (data_size * micro):
-            raise ValueError(
-                f"train.global_batch = {batch} is no multiple of {data_size} data-parallel ranks x "
-                f"train.microbatch = {micro}."
-            )
+        self._steps, micro = Steps(config), config.train.microbatch
+        for batch in self._steps.batches():
+            if micro < 1 or batch < 1 or batch % (data_size * micro):
+                name = "train.global_batch" if batch == config.train.global_batch else "a batch of train.batch_ramp"
+                raise ValueError(
+                    f"{name} = {batch} is no multiple of {data_size} data-parallel ranks x train.microbatch = {micro}."
+                )
         if not 0 <= data_rank < data_size or start_step < 0:
             raise ValueError(f"rank {data_rank} of {data_size} at step {start_step} does not exist.")
-        self._batch, self._micro = batch, micro
+        self._micro = micro
+        self._pinned = config.train.device != "cpu" and torch.cuda.is_available()
         self._rank, self._size = data_rank, data_size
         self._samples = Samples(config, vocab_size=vocab_size, split=split)
         self._next = start_step
@@ -84,11 +88,13 @@ class Loader:
 
     def step_batch(self, step: int) -> StepBatch:
         """The batch of ``step`` on this rank: a pure function of the step."""
-        microbatches = []
-        for m in range(self._batch // (self._size * self._micro)):
-            first = step * self._batch + (m * self._size + self._rank) * self._micro
-            microbatches.append(_collate([self._samples.sample(first + i) for i in range(self._micro)]))
-        return StepBatch(step, microbatches, _target_tokens(microbatches))
+        microbatches, plan = [], self._steps.at(step)
+        for m in range(plan.samples // (self._size * self._micro)):
+            first = plan.first + (m * self._size + self._rank) * self._micro
+            rows = [row for i in range(self._micro) for row in cut(self._samples.sample(first + i), plan.rows)]
+            microbatches.append(_collate(rows))
+        targets = _target_tokens(microbatches)
+        return StepBatch(step, [_pin(m) for m in microbatches] if self._pinned else microbatches, targets)
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
@@ -177,6 +183,12 @@ def _collate(samples: Sequence[Sample]) -> Microbatch:
         segments=_columns(segments) if segments else None,
         samples=torch.tensor([s.number for s in samples], dtype=torch.int64),
     )
+
+
+def _pin(microbatch: Microbatch) -> Microbatch:
+    """The same in page-locked memory, from which a copy to the device need not be waited for."""
+    tensors = {f.name: getattr(microbatch, f.name) for f in fields(microbatch)}
+    return replace(microbatch, **{name: t.pin_memory() for name, t in tensors.items() if t is not None})
 
 
 def _columns(rows: Sequence[np.ndarray]) -> Tensor:

@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd, isqrt
 
+from megapre.data import native
+
 BLOCK = 16
 """Neighbouring windows that the first level keeps together."""
 GROUP = 4096 * BLOCK
 """Windows that the second level mixes: at 2,048 tokens of two bytes, 256 MiB."""
+
+EPOCHS_KEPT = 4
+"""Epochs whose keys a source remembers."""
 
 _MASK = (1 << 64) - 1
 _ROUNDS = tuple((2 * r + 1) * 0x9E3779B97F4A7C15 & _MASK for r in range(8))
@@ -40,7 +45,16 @@ def derive_key(*parts: int) -> int:
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """Image of ``index`` under the keyed permutation of [0, size)."""
+    """Image of ``index`` under the keyed permutation of [0, size), by csrc/data where it is built."""
+    found = native.library()
+    if found is not None and size < 1 << 52:  # there the square root of a double is exact enough
+        image: int = found.megapre_permute(index, size, key)
+        return image
+    return permute_reference(index, size, key)
+
+
+def permute_reference(index: int, size: int, key: int) -> int:
+    """The definition of ``permute``."""
     rows = isqrt(size - 1) + 1
     columns = -(-size // rows)
     while True:
@@ -118,7 +132,7 @@ class SampleOrder:
         while gcd(stride, length) != 1:
             stride += 1
         self._stride = stride
-        self._epoch = self._make_epoch(0)
+        self._epochs: dict[int, _Epoch] = {}
 
     def epoch(self, rank: int) -> int:
         """Epoch of the source's sample ``rank``."""
@@ -152,9 +166,10 @@ class SampleOrder:
 
     def _at(self, number: int) -> _Epoch:
         # The reading thread and a direct caller may race here: both write a correct, immutable value.
-        epoch = self._epoch
-        if epoch.number != number:
-            epoch = self._epoch = self._make_epoch(number)
+        epoch = self._epochs.get(number)
+        if epoch is None:
+            epoch = self._make_epoch(number)
+            self._epochs = {**(self._epochs if len(self._epochs) < EPOCHS_KEPT else {}), number: epoch}
         return epoch
 
     def _make_epoch(self, number: int) -> _Epoch:

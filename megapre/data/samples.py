@@ -94,24 +94,22 @@ class Samples:
         positions = np.arange(self.length, dtype=np.int64)
         segments = None
         if self.data.reset_positions or self.data.reset_attention:
-            starts = self._document_starts(source.dataset, spans)
-            marks = np.zeros(self.length, np.int64)
-            marks[starts] = 1
-            documents = np.cumsum(marks)
+            bounds = self._document_bounds(source.dataset, spans)
+            lengths = np.diff(bounds)
             if self.data.reset_positions:
-                positions -= np.concatenate(([0], starts))[documents]
-            segments = documents if self.data.reset_attention else None
+                positions -= np.repeat(bounds[:-1], lengths)
+            segments = np.repeat(np.arange(len(lengths)), lengths) if self.data.reset_attention else None
         return Sample(number, inputs, targets, weights, positions, segments)
 
-    def _document_starts(self, dataset: IndexedDataset, spans: list[tuple[int, int]]) -> np.ndarray:
-        """Places in the sample, from 1 to L - 1, where a document begins."""
+    def _document_bounds(self, dataset: IndexedDataset, spans: list[tuple[int, int]]) -> np.ndarray:
+        """Places in the sample where a document begins, ascending, with 0 at the front and L at the end."""
         places, offset = [], 0
         for start, stop in spans:
-            places.append(dataset.document_starts(start, stop) - start + offset)
+            places.append(dataset.document_starts(start, stop) + (offset - start))
             offset += stop - start
-        # Empty documents begin where the next one does.
-        starts = np.unique(np.concatenate(places))
-        return starts[(starts > 0) & (starts < self.length)]
+        starts = places[0] if len(places) == 1 else np.concatenate(places)
+        bounds = np.concatenate(([0], starts[(starts > 0) & (starts < self.length)], [self.length]))
+        return bounds[np.append(True, np.diff(bounds) > 0)]  # empty documents begin where the next one does
 
     def _check_ids(self, tokens: np.ndarray, source: Source) -> None:
         low, high = int(tokens.min()), int(tokens.max())
@@ -120,6 +118,32 @@ class Samples:
                 f"{source.path} holds token id {high if high >= self.vocab_size else low}, outside the "
                 f"{self.vocab_size} ids of the model: raise model.vocab_size or tokenize the data again."
             )
+
+
+def cut(sample: Sample, rows: int) -> list[Sample]:
+    """A sample as ``rows`` shorter ones, each predicting what it did; positions begin anew in each."""
+    if rows == 1:
+        return [sample]
+    length, made = len(sample.inputs) // rows, []
+    for row in range(rows):
+        part = slice(row * length, (row + 1) * length)
+        places = np.arange(length, dtype=np.int64)
+        positions = sample.positions[part]
+        begins = np.flatnonzero((positions == 0) & (places > 0))  # documents, with ``data.reset_positions``
+        since = np.zeros(length, np.int64)
+        since[begins] = begins
+        segments = sample.segments[part] - sample.segments[part][0] if sample.segments is not None else None
+        made.append(
+            Sample(
+                sample.number * rows + row,
+                sample.inputs[part],
+                sample.targets[part],
+                sample.weights[part],
+                places - np.maximum.accumulate(since),
+                segments,
+            )
+        )
+    return made
 
 
 def split_tokens(dataset: IndexedDataset, shares: list[float]) -> list[tuple[int, int]]:

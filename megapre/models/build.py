@@ -96,9 +96,10 @@ class Model(nn.Module):
             rope=rope,
         )
 
-    def carry(self, microbatch: int) -> list[Tensor]:
-        """Empty tensors of the shapes that stages exchange for ``microbatch`` samples."""
-        rows = self.config.sequence // self.grid.context.size // (self.grid.tensor.size if self.sequence else 1)
+    def carry(self, shape: tuple[int, int]) -> list[Tensor]:
+        """Empty tensors of the shapes that stages exchange for a microbatch of ``shape`` [seq, batch]."""
+        sequence, microbatch = shape
+        rows = sequence // self.grid.context.size // (self.grid.tensor.size if self.sequence else 1)
         return [torch.empty(rows, microbatch, self.config.hidden, dtype=self.dtype, device=self.device)]
 
 

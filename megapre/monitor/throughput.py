@@ -73,25 +73,27 @@ class Throughput:
 
     def __init__(self, config: Config, vocab_size: int, world_size: int, device_type: str) -> None:
         self._warmup = config.monitor.warmup_steps
-        self._tokens = config.train.global_batch * config.model.sequence
-        self._flops = self._tokens * flops_per_token(config.model, vocab_size) / world_size
+        self._batch, self._length = config.train.global_batch, config.model.sequence
+        self._flops = self._length * flops_per_token(config.model, vocab_size) / world_size
         self._peak = peak_tflops(config, device_type) * 1e12
         self._begun = 0
+        self._samples = 0
         self._last = 0.0
         self._paused = 0.0
-        self._closed = (0, 0.0)
-        self._mark: tuple[int, float] | None = None
+        self._closed = (0, 0.0, 0)
+        self._mark: tuple[int, float, int] | None = None
 
-    def begin(self) -> None:
-        """A step's turn of the loop."""
+    def begin(self, samples: int = 0) -> None:
+        """A step's turn of the loop; ``samples`` of its batch (0: the full batch)."""
         self._begun += 1
+        self._samples += samples or self._batch
         self._last = time.monotonic() - self._paused
         if self._begun == self._warmup + 1:
-            self._mark = (self._begun, self._last)
+            self._mark = (self._begun, self._last, self._samples)
 
     def end(self) -> None:
         """A step's result is there: `rates` covers the turns up to now."""
-        self._closed = (self._begun, self._last)
+        self._closed = (self._begun, self._last, self._samples)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -110,10 +112,11 @@ class Throughput:
         if self._mark is None or self._closed[0] <= self._mark[0] or self._closed[1] <= self._mark[1]:
             return {}
         seconds = (self._closed[1] - self._mark[1]) / (self._closed[0] - self._mark[0])
+        rate = (self._closed[2] - self._mark[2]) / (self._closed[1] - self._mark[1])
         self._mark = self._closed
         found = {
             "step_ms": seconds * 1e3,
-            "tokens_per_s": self._tokens / seconds,
-            "tflops": self._flops / seconds / 1e12,
+            "tokens_per_s": self._length * rate,
+            "tflops": self._flops * rate / 1e12,
         }
-        return found | ({"mfu": self._flops / seconds / self._peak} if self._peak else {})
+        return found | ({"mfu": self._flops * rate / self._peak} if self._peak else {})

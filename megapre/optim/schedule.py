@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 
+from megapre.config.ramp import clock
 from megapre.config.schema import Config, ScheduleConfig
 
 
 def learning_rate(config: Config, step: int) -> float:
     """Rate for 0-based ``step``: linear warm-up to the peak, then what ``schedule.kind`` says."""
     schedule, peak = config.schedule, config.optimizer.lr
-    if step < schedule.warmup:
-        return peak * (step + 1) / schedule.warmup
-    return peak * FACTORS[schedule.kind](schedule, step, schedule.decay or config.train.steps)
+    now = clock(config, step)
+    if now < schedule.warmup:
+        return peak * min(clock(config, step + 1), schedule.warmup) / schedule.warmup
+    return peak * FACTORS[schedule.kind](schedule, now, schedule.decay or clock(config, config.train.steps))
 
 
 def constant(schedule: ScheduleConfig, step: int, end: int) -> float:

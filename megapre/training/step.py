@@ -69,9 +69,7 @@ class TrainStep:
         """Fill the main gradients, reduced over every axis and still times the loss scale; returns the loss."""
         self.flat.gradients.begin()
         contexts = self._contexts(microbatches, targets, step, self.config.monitor.activation_rms, training=True)
-        losses = self.executor.run(
-            self._plan(len(contexts), True), contexts, self.config.train.microbatch, self.flat
-        )
+        losses = self.executor.run(self._plan(len(contexts), True), contexts, _shape(microbatches), self.flat)
         self.flat.gradients.finish()
         return self._mean_loss(losses) / self.scaler.value, self._rms(contexts)
 
@@ -90,7 +88,7 @@ class TrainStep:
     def evaluate(self, microbatches: Sequence[Microbatch], targets: int) -> Tensor:
         """Mean loss over held-out ``microbatches``, dropout off, on every rank."""
         contexts = self._contexts(microbatches, targets, 0, False, training=False)
-        losses = self.executor.run(self._plan(len(contexts), False), contexts, self.config.train.microbatch, self.flat)
+        losses = self.executor.run(self._plan(len(contexts), False), contexts, _shape(microbatches), self.flat)
         return self._mean_loss(losses) / self.scaler.value
 
     def _plan(self, microbatches: int, training: bool) -> list[Action]:
@@ -132,3 +130,9 @@ class TrainStep:
         squares = torch.stack([mean_square(layers, c.rms or {}, self.model.device) for c in contexts]).mean(0)
         self.grid.world.all_reduce(squares).wait()
         return (squares / (self.grid.tensor.size * self.grid.replicas.size)).sqrt()
+
+
+def _shape(microbatches: Sequence[Microbatch]) -> tuple[int, int]:
+    """[seq, batch], the same for all microbatches of a step; a ramp changes it between steps."""
+    sequence, batch = microbatches[0].tokens.shape
+    return sequence, batch

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megapre.checkpoint import store
+from megapre.config.ramp import Steps
 from megapre.config.schema import Config
 from megapre.data.loader import Loader, Microbatch, StepBatch
 from megapre.monitor.metrics import Monitor
@@ -87,6 +88,7 @@ class Trainer:
         self.root = Path(config.train.run_dir) / "checkpoints"
         self.saved = start if start else -1
         self.evaluated = -1
+        self.steps = Steps(config)
         self.held_out = self._count(validation)
 
     def run(self) -> int:
@@ -106,7 +108,7 @@ class Trainer:
             result = self.step(batch.microbatches, targets, index, rate)
             if late is not None:
                 self._log(*late)
-            self.throughput.begin()
+            self.throughput.begin(self.steps.at(index).samples)
             late = (index, rate, result)
             due_eval, due_save = self._due(config.train.eval_interval), self._due(config.checkpoint.interval)
             if due_eval or due_save or ahead is None:
@@ -150,7 +152,7 @@ class Trainer:
         """What a checkpoint holds besides tensors; the data position is the step alone (order is computed)."""
         return {
             "step": self.done,
-            "samples": self.done * self.config.train.global_batch,
+            "samples": self.steps.at(self.done).first,
             "loss_scale": self.step.scaler.state(),
             "optimizer_steps": int(self.step.optimizer.steps),
             "vocab_size": self.step.model.vocab_size,
@@ -207,7 +209,7 @@ def restore(path: Path, config: Config, step: TrainStep) -> dict[str, Any]:
 FIXED = {
     "model": (),
     "data": ("paths", "weights", "split", "objective", "mask_probability", "seed"),
-    "train": ("global_batch", "seed"),
+    "train": ("global_batch", "batch_ramp", "sequence_ramp", "seed"),
 }
 """What must not change on resume, by table; no names: the whole table."""
 

@@ -115,9 +115,11 @@ def scaled_down(config: Config) -> tuple[Config, int]:
     model = replace(
         m, layers=5, hidden=48, heads=4, kv_heads=grouped, ffn_hidden=100, vocab_size=67, sequence=16, init_std=0.15
     )
-    train = replace(config.train, global_batch=8, microbatch=1, steps=10, device="cpu", threads=1)
+    train = replace(
+        config.train, global_batch=8, microbatch=1, steps=10, device="cpu", threads=1, batch_ramp=[], sequence_ramp=[]
+    )
     optimizer = replace(config.optimizer, clip=config.optimizer.clip and 0.5, eps=1e-3)
-    schedule = replace(config.schedule, warmup=2, decay=0)
+    schedule = replace(config.schedule, unit="steps", warmup=2, decay=0)
     small = replace(config, model=model, train=train, optimizer=optimizer, schedule=schedule)
     return replace(small, parallel=replace(config.parallel, bucket_elements=20_000)), 67
 

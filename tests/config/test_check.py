@@ -76,7 +76,7 @@ def test_defaults_pass_and_data_resolves() -> None:
         ({"precision__dtype": "fp16", "precision__initial_loss_scale": 1000.0}, None, ["power of two", "1000"]),
         ({"optimizer__lr": float("nan")}, None, ["optimizer.lr", "finite"]),
         ({"optimizer__beta2": 1.0}, None, ["optimizer.beta2", "below 1"]),
-        ({"parallel__zero": 2}, None, ["parallel.zero", "0 or 1", "2"]),
+        ({"parallel__zero": 4}, None, ["parallel.zero", "0, 1, 2 or 3", "4"]),
         ({"train__run_dir": " "}, None, ["train.run_dir"]),
         ({"model__layers": 2**70}, None, ["model.layers", "2^63"]),
     ],
@@ -108,7 +108,7 @@ def test_every_number_and_choice_has_a_rule() -> None:
     free = {
         "data.mask_token", "data.paths", "data.weights", "data.split", "data.tokenizer_model", "train.run_dir",
         "parallel.layers_per_stage", "precision.initial_loss_scale", "checkpoint.load",
-        "schedule.milestones", "schedule.factors",
+        "schedule.milestones", "schedule.factors", "train.batch_ramp", "train.sequence_ramp",
     }  # fmt: skip
     for table in dataclasses.fields(Config):
         for entry in dataclasses.fields(getattr(Config(), table.name)):

@@ -213,8 +213,8 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(tmp_path
     inputs = corpus(tmp_path)
     code = (
         "import sys; from megapre.tokenizers.preprocess import Job, preprocess\n"
-        f"preprocess(Job({inputs!r}, sys.argv[1], ['text'], 'ByteTokenizer', append_eod=True, workers=2, "
-        "piece_bytes=9000))"
+        f"job = Job({inputs!r}, sys.argv[1], ['text'], 'ByteTokenizer', append_eod=True, workers=2, piece_bytes=9000)\n"
+        "preprocess(job)"
     )
 
     def start(prefix: Path) -> subprocess.Popen[str]:

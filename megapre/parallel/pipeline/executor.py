@@ -66,8 +66,8 @@ class Executor:
     """Drives this rank's stages through a schedule.
 
     ``stages`` maps the number of each stage that this rank holds to its layers, of ``count`` in all;
-    ``empty_carry(samples)`` makes receive buffers. After a run, ``peak_in_flight`` is the most microbatch-stages
-    held at once, which the simulator predicts.
+    ``empty_carry(shape)`` makes receive buffers for microbatches of [seq, batch] tokens. After a run,
+    ``peak_in_flight`` is the most microbatch-stages held at once, which the simulator predicts.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Executor:
         count: int,
         grid: Grid,
         queue: WeightQueue,
-        empty_carry: Callable[[int], list[Tensor]],
+        empty_carry: Callable[[tuple[int, int]], list[Tensor]],
     ) -> None:
         self.stages, self.last, self.grid, self.queue, self.empty_carry = stages, count - 1, grid, queue, empty_carry
         self.peak_in_flight = 0
@@ -85,11 +85,11 @@ class Executor:
         self,
         plan: Sequence[Action],
         contexts: Sequence[object],
-        microbatch: int,
+        shape: tuple[int, int],
         memory: Memory,
     ) -> list[Tensor]:
-        """Execute ``plan``; ``contexts[m]`` is microbatch m's. Returns the last stage's outputs, detached."""
-        return _Run(self, plan, contexts, microbatch, memory).execute()
+        """Execute ``plan``; ``contexts[m]`` is microbatch m's, of ``shape`` [seq, batch]. Returns the last outputs."""
+        return _Run(self, plan, contexts, shape, memory).execute()
 
 
 class _Run:
@@ -100,10 +100,10 @@ class _Run:
         executor: Executor,
         plan: Sequence[Action],
         contexts: Sequence[object],
-        microbatch: int,
+        shape: tuple[int, int],
         memory: Memory,
     ) -> None:
-        self.executor, self.plan, self.contexts, self.microbatch = executor, plan, contexts, microbatch
+        self.executor, self.plan, self.contexts, self.shape = executor, plan, contexts, shape
         self.memory, self.grid = memory, executor.grid
         kinds = [(action.kind, action.stage) for action in plan if isinstance(action, Compute)]
         self.training = any(kind == BACKWARD for kind, _ in kinds)
@@ -157,7 +157,7 @@ class _Run:
             tensors = [tensor.detach().contiguous() for tensor in carry]
             self.departing[peer] = (tensors, [axis.send(tensor, peer) for tensor in tensors])
         else:
-            tensors = self.executor.empty_carry(self.microbatch)
+            tensors = self.executor.empty_carry(self.shape)
             works = [axis.recv(tensor, peer) for tensor in tensors]
             self.arriving[transfer.forward, transfer.stage, transfer.microbatch] = (tensors, works)
 
