@@ -85,8 +85,10 @@ class Buffers:
         bucket = self.layout.buckets[index]
         part = slice(bucket.place(slots[0]).start, bucket.place(slots[-1]).stop)
         shape = (sum(slot.shape[0] for slot in slots), *slots[0].shape[1:])
-        parameter = nn.Parameter(self.weights.rooms[index].view(part, shape))
-        parameter.main_grad = self.gradients.rooms[index].view(part, shape)  # type: ignore[attr-defined]
+        with self.weights.rooms[index].present() as weights, self.gradients.rooms[index].present() as gradients:
+            # .data: a gather between forward and backward does not count as a change of what autograd has saved
+            parameter = nn.Parameter(weights.data[part].view(shape))
+            parameter.main_grad = gradients[part].view(shape)  # type: ignore[attr-defined]
         parameter.queue = self.queue  # type: ignore[attr-defined]
         return parameter
 

@@ -69,14 +69,14 @@ class Room:
         self._storage.resize_(0)
         self.held = False
 
-    def view(self, part: slice, shape: tuple[int, ...]) -> Tensor:
-        """A view that autograd may save although its memory is filled anew between forward and backward."""
+    @contextmanager
+    def present(self) -> Iterator[Tensor]:
+        """The tensor, with memory inside the block."""
         held = self.held
         self.take()
-        view = self.tensor.data[part].view(shape)  # .data: another version counter than the gathers write to
+        yield self.tensor
         if not held:
             self.free()
-        return view
 
 
 class WholeWeights:
@@ -188,18 +188,16 @@ class ShardedWeights:
     @contextmanager
     def filling(self, index: int) -> Iterator[Tensor]:
         """A bucket of zeros, to be given its first values, of which the shard stays."""
-        room = self.rooms[index]
-        room.take()
-        yield room.tensor.zero_()
-        self.shards[index].copy_(room.tensor[self._partition.shard(self._buckets[index])])
-        room.free()
+        with self.rooms[index].present() as whole:
+            yield whole.zero_()
+            self.shards[index].copy_(whole[self._partition.shard(self._buckets[index])])
 
     @contextmanager
     def whole(self, index: int) -> Iterator[Tensor]:
         """All of a bucket; the replicas enter together."""
-        self._post(index).wait()
-        yield self.rooms[index].tensor
-        self.rooms[index].free()
+        with self.rooms[index].present() as whole:
+            self._post(index).wait()
+            yield whole
 
     def _gather(self, layer: int) -> None:
         for index in self._partition.used[layer]:

@@ -96,6 +96,51 @@ def test_replicas(layout: str, zero: int, pool: RankPool) -> None:
         assert f"{axis}/all_reduce" not in counts
 
 
+def layer_sizes(ranks: Ranks, config: Config) -> tuple[dict[str, int], dict[int, int]]:
+    """One step's bytes by axis and operation, and the elements that each layer of this rank uses."""
+    counts: dict[str, int] = {}
+    with connected(config, ranks) as (grid, device):
+        engine = build(config, counted(grid, counts), device, VOCAB)
+        batch = batches(config, VOCAB, 1)[0]
+        engine.step(share(batch, grid.data.rank, grid.data.size, config.train.microbatch), 100, 0, 1e-3)
+        flat = engine.model.flat
+        return counts, {n: sum(flat.layout.buckets[i].size for i in used) for n, used in flat.partition.used.items()}
+
+
+@pytest.mark.parametrize("layout", ["1x1x2+zero2", "1x1x2+zero3", "1x2x2+zero2", "1x2x2+zero3"])
+def test_sharded_gradients_and_weights(layout: str, pool: RankPool) -> None:
+    """ZeRO-2 and 3 reduce-scatter once per microbatch; ZeRO-3 gathers for every forward and every backward.
+
+    1F1B on rank r of P with M microbatches is w = min(M, P - 1 - r) forwards, M - w pairs, w backwards. Where forward
+    turns to backward the stage's last layer is still there, and where backward turns to forward its first.
+    """
+    cell = parse(layout)
+    config, _ = scaled_down(JOB)
+    config = check(cell.apply(config), cell.world)
+    microbatches = config.train.global_batch // cell.data
+    for rank, (counts, sizes) in enumerate(pool.run(cell.world, layer_sizes, config)):
+        total = sum(sizes.values())  # embeddings are not tied: no layer shares a bucket
+        assert counts["data/reduce_scatter"] == 4 * microbatches * total
+        if cell.zero == 2:
+            assert counts["data/all_gather"] == 4 * total
+            continue
+        turns = microbatches - min(microbatches, cell.pipeline - 1 - rank // cell.data)
+        kept = turns * sizes[max(sizes)] + (turns - 1) * sizes[min(sizes)]
+        assert counts["data/all_gather"] == 4 * (2 * microbatches * total - kept)
+
+
+def test_partial_gradients_cross_the_tensor_axis_once_a_step(pool: RankPool) -> None:
+    """Norms under sequence parallelism: their shards are summed after the last microbatch, not whole in each."""
+    config, cell, found = measure(pool, "2x1x2+sp+zero2")
+    microbatches = config.train.global_batch // (config.train.microbatch * cell.data)
+    norms = (2 * config.model.layers + 1) * config.model.hidden
+    losses = 3 * config.model.sequence * config.train.microbatch * 4
+    sent = [counts["tensor/all_reduce"] - microbatches * losses for counts, _, _ in found]
+    assert sent[0] == sent[1] and sent[2] == sent[3]  # tensor ranks of one replica hold the same shard
+    padded = (2 * config.model.layers + 1) * -(-config.model.hidden // 64) * 64
+    assert 4 * norms <= sent[0] + sent[2] <= 4 * padded
+
+
 def test_ring(pool: RankPool) -> None:
     """Keys and values travel c - 1 times each way, their gradients c times home."""
     config, cell, found = measure(pool, "1x1x1+ring:4")

@@ -22,6 +22,7 @@ class Mutant:
 
 
 LAYOUTS = "tests/equivalence/test_layouts.py::test_layout_agrees_with_the_oracle"
+ZERO = "tests/equivalence/test_layouts.py::test_zero_and_offload_agree"
 TIMING = "tests/equivalence/test_layouts.py::test_order_and_timing_of_messages_do_not_matter"
 
 MUTANTS = (
@@ -188,6 +189,78 @@ MUTANTS = (
         "Megatron-LM #415: the fused path knew causal only",
     ),
     Mutant(
+        "zero1-layer-does-not-wait-for-its-weights",
+        "megapre/parallel/zero.py",
+        "self._under_way.pop(index).wait()",
+        "self._under_way.pop(index)",
+        f"{TIMING}[2x2x2+sp+zero1-fifo]",
+        "Megatron-LM #663: forward reads stale parameters under an overlapped gather",
+    ),
+    Mutant(
+        "zero3-layer-does-not-wait-for-its-weights",
+        "megapre/parallel/zero.py",
+        "self._gathering.pop(index).wait()",
+        "self._gathering.pop(index)",
+        f"{ZERO}[bert-2x1x2+sp+zero3-fifo]",
+        "a prefetched bucket read before it has arrived",
+    ),
+    Mutant(
+        "zero3-weights-freed-before-their-last-use",
+        "megapre/parallel/zero.py",
+        "            if index not in kept:\n                self.rooms[index].free()",
+        "            self.rooms[index].free()",
+        f"{ZERO}[gpt-1x2x2+zero3-delay]",
+        "a bucket released although the next visit of the plan needs it",
+    ),
+    Mutant(
+        "zero2-microbatch-added-twice",
+        "megapre/parallel/zero.py",
+        "shard.add_(self.rooms[index].tensor[part])",
+        "shard.add_(self.rooms[index].tensor[part], alpha=2 if complete else 1)",
+        f"{ZERO}[gpt-1x1x2+zero2+offload-fifo]",
+        "DeepSpeed PR #6550, in kind: a microbatch does not count once in a sharded sum",
+    ),
+    Mutant(
+        "zero2-buffer-reused-while-it-is-reduced",
+        "megapre/parallel/zero.py",
+        "if any(index in mine for index, *_ in self._under_way):",
+        "if False:",
+        f"{ZERO}[gpt-1x1x2+zero2+offload-fifo]",
+        "Megatron-LM PR #4609, in kind: the buffer of a tied weight refilled before its reduction had ended",
+    ),
+    Mutant(
+        "zero2-shard-summed-at-the-offset-of-the-bucket",
+        "megapre/parallel/zero.py",
+        "_partial_sums(self._grid, bucket, shard, first=part.start)",
+        "_partial_sums(self._grid, bucket, shard)",
+        f"{ZERO}[bert-2x1x2+sp+zero3-fifo]",
+        "an index into the bucket taken for one into the shard",
+    ),
+    Mutant(
+        "zero3-tied-gradients-not-exchanged",
+        "megapre/parallel/zero.py",
+        "self._sums += [self._grid.tied.all_reduce(shard)] if bucket.tied else []",
+        "pass",
+        f"{ZERO}[gpt-1x2x2+zero3-delay]",
+        "embedding gradients of first and last stage differ, sharded",
+    ),
+    Mutant(
+        "bias-gradient-written-outside-of-w",
+        "megapre/parallel/tensor.py",
+        "parameter.queue.add(lambda: main.add_(gradient))",
+        "main.add_(gradient)",
+        f"{ZERO}[gpt-1x2x2+zero3+zb-h1-fifo]",
+        "a main gradient written where no room is open for it",
+    ),
+    Mutant(
+        "offload-overwrites-the-bucket-at-work",
+        "megapre/parallel/offload.py",
+        "buffer, event = self._held.pop(0)",
+        "buffer, event = self._held.pop()",
+        "tests/parallel/test_zero.py::test_stages_and_offload_change_no_bit",
+        "the next bucket's gradients staged over those being read",
+    ),
+    Mutant(
         "optimizer-step-count-lost-on-resume",
         "megapre/training/trainer.py",
         '    step.optimizer.steps.fill_(state["optimizer_steps"])\n',
@@ -206,4 +279,7 @@ MUTANTS = (
 )
 """Those marked in ``QUICK`` run in `make test`, all of them in the nightly lane."""
 
-QUICK = ("kv-head-copies-not-summed", "sum-of-input-gradients-not-awaited", "denominator-of-this-rank")
+QUICK = (
+    "kv-head-copies-not-summed", "sum-of-input-gradients-not-awaited", "denominator-of-this-rank",
+    "zero3-layer-does-not-wait-for-its-weights",
+)  # fmt: skip

@@ -41,7 +41,8 @@ def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
     done = run_test(tree, mutant.test)
     # 1 is "tests ran and failed"; anything else means that the named test does not exist or could not run.
     assert done.returncode == 1 and "1 failed" in done.stdout, f"survived {mutant.test}:\n{done.stdout[-2000:]}"
-    assert str(tree) in done.stdout or "AssertionError" in done.stdout
+    noticed = (str(tree), "AssertionError", "the process died")  # the last: a rank read memory that was freed
+    assert any(text in done.stdout for text in noticed)
 
 
 @pytest.mark.nightly

@@ -17,13 +17,20 @@ from megapre.parallel.comm import Axis, Done, Work
 from megapre.parallel.grid import AXES, Grid
 from megapre.training.engine import build
 from megapre.training.trainer import restore
-from megapre.verify.cells import Cell, every
+from megapre.verify.cells import Cell, every, parse
 from megapre.verify.pool import RankPool
 from tests.training.jobs import VOCAB, corpus, job, logical, run
 
 SEED = random.SystemRandom().randrange(10**6)
 CELLS = list(every(8))
 WIDE = [cell for cell in CELLS if cell.world == 8]
+ZERO = [
+    parse(layout)
+    for layout in (
+        "1x1x2+zero2", "2x1x2+sp+zero3", "1x2x2+zero3+offload", "1x1x4+zero3+offload-parameters", "1x1x1+offload",
+        "2x2x2+sp+zero2+interleaved:2", "1x2x2+zero3+zb-v:2",
+    )
+]  # fmt: skip
 
 
 class Silent(Axis):
@@ -49,7 +56,7 @@ def places(config: Config) -> list[Grid]:
     return grids
 
 
-@pytest.mark.parametrize("source", [Cell(), *random.Random(SEED).sample(WIDE, 3)], ids=str)
+@pytest.mark.parametrize("source", [Cell(), *random.Random(SEED).sample(WIDE, 3), ZERO[2], ZERO[3]], ids=str)
 def test_loads_into_every_layout(source: Cell, pool: RankPool, tmp_path: Path) -> None:
     prefix = corpus(tmp_path / "text")
     config = job(prefix, tmp_path / "run", source, steps=2, interval=2)
@@ -58,7 +65,7 @@ def test_loads_into_every_layout(source: Cell, pool: RankPool, tmp_path: Path) -
     assert store.check(path) == []
     truth = logical(path)
     assert len({name.split("/")[0] for name in truth}) == 3  # weights and both moments
-    for target in CELLS:
+    for target in CELLS + ZERO:
         other = check(target.apply(config), target.world)
         seen: dict[str, int] = {}
         for grid in places(other):
