@@ -361,6 +361,26 @@ static void accumulate_into(float* to, const void* x_, int64_t begin, int64_t en
   });
 }
 
+// Rows [begin, end) of to [rows, width] += x^T of x [width, rows], by tiles that stay in the first cache.
+template <class T>
+static void accumulate_turned(float* to, const void* x_, int64_t rows, int64_t width, int64_t begin, int64_t end) {
+  constexpr int64_t TILE = 32;
+  float tile[TILE][TILE];
+  const T* x = (const T*)x_;
+  for (int64_t row = begin; row < end; row += TILE) {
+    const int64_t here = end - row < TILE ? end - row : TILE;
+    for (int64_t column = 0; column < width; column += TILE) {
+      const int64_t columns = width - column < TILE ? width - column : TILE;
+      for (int64_t j = 0; j < columns; j++)
+        sweep(here, [&](int64_t i, int64_t n) INLINED { write(tile[j] + i, read(x + (column + j) * rows + row + i, n), n); });
+      for (int64_t i = 0; i < here; i++) {
+        float* line = to + (row + i) * width + column;
+        for (int64_t j = 0; j < columns; j++) line[j] += tile[j][i];
+      }
+    }
+  }
+}
+
 template <class T>
 static double square_sum(const void* x_, int64_t begin, int64_t end) {
   const T* x = (const T*)x_;
@@ -393,6 +413,7 @@ const Kernels kernels = {
     {rope<float>, rope<bf16>},
     {adamw<float>, adamw<bf16>},
     {accumulate_into<float>, accumulate_into<bf16>},
+    {accumulate_turned<float>, accumulate_turned<bf16>},
     {square_sum<float>, square_sum<bf16>},
 };
 

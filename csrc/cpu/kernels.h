@@ -54,6 +54,7 @@ struct Kernels {
   void (*adamw[2])(float* master, const float* gradient, float* average, float* square, void* model, const AdamW& c,
                    int64_t begin, int64_t end);
   void (*accumulate[2])(float* to, const void* x, int64_t begin, int64_t end);
+  void (*accumulate_turned[2])(float* to, const void* x, int64_t rows, int64_t width, int64_t begin, int64_t end);
   double (*square_sum[2])(const void* x, int64_t begin, int64_t end);
 };
 

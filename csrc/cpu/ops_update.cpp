@@ -84,12 +84,23 @@ void adamw_(Tensor& master, const Tensor& gradient, Tensor& average, Tensor& squ
 }
 
 void accumulate_(Tensor& to, const Tensor& x) {
-  TORCH_CHECK_VALUE(to.is_contiguous() && to.scalar_type() == at::kFloat && x.is_contiguous() && x.sizes() == to.sizes(),
+  const bool turned = x.dim() == 2 && !x.is_contiguous() && x.t().is_contiguous();
+  TORCH_CHECK_VALUE(to.is_contiguous() && to.scalar_type() == at::kFloat && (turned || x.is_contiguous()) &&
+                    x.sizes() == to.sizes(),
                     "accumulate: a contiguous fp32 sum and an addend of its shape are needed, got ", to.scalar_type(),
                     " ", to.sizes(), " and ", x.sizes());
+  float* sum = to.mutable_data_ptr<float>();
+  if (turned) {
+    const int64_t rows = x.size(0), width = x.size(1);
+    const auto function = variant().kernels->accumulate_turned[type_of(x)];
+    at::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
+      function(sum, x.const_data_ptr(), rows, width, begin, end);
+    });
+    return;
+  }
   const auto function = variant().kernels->accumulate[type_of(x)];
   at::parallel_for(0, to.numel(), ELEMENTS, [&](int64_t begin, int64_t end) {
-    function(to.mutable_data_ptr<float>(), x.const_data_ptr(), begin, end);
+    function(sum, x.const_data_ptr(), begin, end);
   });
 }
 

@@ -284,6 +284,8 @@ class KernelsConfig:
     """Rotary positions."""
     cross_entropy: str = "auto"
     """Local part of the vocabulary-parallel cross-entropy, alone or with the output layer."""
+    linear: str = "auto"
+    """Weight gradients of linear layers; the products themselves are torch's."""
     dropout: str = "auto"
     """Counter-based dropout, alone or with a bias and a residual sum."""
     optimizer: str = "auto"

@@ -61,7 +61,7 @@ def linear_cross_entropy(
     """
     parts = (cuda.cross_entropy_statistics, cuda.cross_entropy_gradient_)
     options = {"smoothing": smoothing, "vocab": vocab, "z_loss": z_loss}
-    return whole.chunked(*parts, x, weight, targets, scale, valid, main_grad, exchange, options, whole.GPU_ROWS)
+    return whole.chunked(*parts, x, weight, targets, scale, valid, main_grad, exchange, options)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ gradients come from one pass over the chunks, 3 products in all; the row scale m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ ROWS, GPU_ROWS = 768, 2048
 """Rows of a chunk on the CPU, where 512 to 2048 differ by a few percent, and on a GPU, whose products are faster
 against its memory: dW is read and written once a chunk."""
 COLUMNS = 4096
-"""Vocabulary rows of a product dlogits^T x that exist at a time where the product is narrower than ``main_grad``."""
+"""Columns of a chunk's logits that lie together on the CPU; a GPU wants whole rows, which its kernels read once."""
 
 Add = Callable[[Tensor, Tensor], object]
 """Adds its second argument to its first, which may be wider."""
@@ -119,41 +119,81 @@ def chunked(
     main_grad: Tensor | None,
     exchange: Exchange,
     options: dict[str, float],
-    rows: int = ROWS,
+    rows: int = 0,
     add_: Add = Tensor.add_,
 ) -> tuple[Tensor, Tensor]:
     """Any version from the versions of its two local parts; ``options``: smoothing, vocab, z_loss."""
     check(x, weight, targets, scale, valid, main_grad)
     x, weight = x.detach(), weight.detach()
-    n = x.shape[0]
+    n, vocabulary = x.shape[0], weight.shape[0]
+    on_cpu = x.device.type == "cpu"
+    rows, columns = rows or (ROWS if on_cpu else GPU_ROWS), COLUMNS if on_cpu else vocabulary
     losses = torch.empty(n, dtype=scale.dtype, device=x.device)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if main_grad is not None else x[:0]
-    buffer = x.new_empty((min(rows, n), weight.shape[0]))
+    buffer = x.new_empty(min(rows, n) * vocabulary)
+    starts = range(0, vocabulary, columns)
     for start in range(0, n, rows):
         piece = slice(start, min(start + rows, n))
-        logits = buffer[: piece.stop - start]
-        torch.mm(x[piece], weight.t(), out=logits)
-        lse, target, level = exchange(*statistics(logits, targets[piece], valid))
+        count = piece.stop - start
+        # Each block of columns has its rows together: products of wide rows miss the TLB and take twice the time.
+        blocks = [
+            _Block(weight[c : c + columns], buffer[count * c :], targets[piece] - c, max(0, min(valid - c, columns)))
+            for c in starts
+        ]
+        found = []
+        for block in blocks:
+            torch.mm(x[piece], block.weight.t(), out=block.logits)
+            found.append(statistics(block.logits, block.targets, block.valid))
+        lse, target, level = exchange(*_merged(found))
         losses[piece] = _losses(lse, target, level, scale[piece], options)
         if main_grad is None:
             continue
-        gradient_(logits, targets[piece], lse, scale[piece], valid, **options)
-        torch.mm(logits, weight, out=dx[piece])
-        add_product_(main_grad, logits, x[piece], add_)
+        for block in blocks:
+            gradient_(block.logits, block.targets, lse, scale[piece], block.valid, **options)
+        add_products(dx[piece], main_grad, [(block.weight, block.logits) for block in blocks], x[piece], add_)
     return losses, dx
 
 
-def add_product_(main_grad: Tensor, dlogits: Tensor, x: Tensor, add_: Add) -> None:
-    """Add dlogits^T x to ``main_grad``, which is fp32 where the others may be narrower."""
-    if main_grad.dtype == x.dtype:
-        main_grad.addmm_(dlogits.t(), x)
+class _Block:
+    """A chunk's logits against some rows of the vocabulary."""
+
+    def __init__(self, weight: Tensor, memory: Tensor, targets: Tensor, valid: int) -> None:
+        self.weight, self.targets, self.valid = weight, targets, min(valid, weight.shape[0])
+        count, width = targets.shape[0], weight.shape[0]
+        self.logits = memory[: count * width].view(count, width)
+
+
+def _merged(found: list[cross_entropy.Statistics]) -> cross_entropy.Statistics:
+    """Statistics of the rows over all their blocks."""
+    if len(found) == 1:
+        return found[0]
+    maxima, totals, targets, levels = (torch.stack(column) for column in zip(*found))
+    top = maxima.amax(0)
+    base = torch.where(top == -torch.inf, 0.0, top)  # a row of -inf alone has a sum of 0, not NaN
+    return top, (totals * torch.exp(maxima - base)).sum(0), targets.sum(0), levels.sum(0)
+
+
+def add_products(
+    dx: Tensor, main_grad: Tensor, blocks: Sequence[tuple[Tensor, Tensor]], x: Tensor, add_: Add
+) -> None:
+    """dx = dlogits W; main_grad += dlogits^T x, fp32 where the others may be narrower; blocks of (W, dlogits)."""
+    width = blocks[0][0].shape[0]
+    if main_grad.dtype != x.dtype and main_grad.device.type == "cpu":
+        # A narrow product of a transposed matrix is half as fast, so the small x is turned and the sum turns the rest.
+        turned, total, part = x.t().contiguous(), dx.new_zeros(dx.shape, dtype=main_grad.dtype), torch.empty_like(dx)
+        memory = x.new_empty(x.shape[1] * width)
+        for (weight, logits), gradient in zip(blocks, main_grad.split(width)):
+            add_(total, torch.mm(logits, weight, out=part))
+            product = memory[: gradient.numel()].view(gradient.shape[::-1])
+            add_(gradient, torch.mm(turned, logits, out=product).t())
+        dx.copy_(total)
         return
-    if main_grad.device.type == "cuda":  # cuBLAS multiplies in bf16 and adds into fp32 in one pass
-        torch.addmm(main_grad, dlogits.t(), x, out_dtype=main_grad.dtype, out=main_grad)
-        return
-    for start in range(0, main_grad.shape[0], COLUMNS):  # the narrow product stays a small temporary
-        piece = slice(start, start + COLUMNS)
-        add_(main_grad[piece], dlogits[:, piece].t() @ x)
+    for number, ((weight, logits), gradient) in enumerate(zip(blocks, main_grad.split(width))):
+        torch.addmm(dx, logits, weight, beta=1 if number else 0, out=dx)
+        if gradient.dtype == x.dtype:
+            gradient.addmm_(logits.t(), x)
+        else:  # cuBLAS multiplies in bf16 and adds into fp32 in one pass
+            torch.addmm(gradient, logits.t(), x, out_dtype=gradient.dtype, out=gradient)
 
 
 def check(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, valid: int, main_grad: Tensor | None) -> None:

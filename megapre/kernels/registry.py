@@ -115,6 +115,8 @@ TABLE = (
     Version("bias_dropout_residual", "dropout", "cpp", "dropout:bias_dropout_residual_cpp"),
     Version("bias_dropout_residual", "dropout", "reference", "dropout:bias_dropout_residual_reference"),
     Version("bias_dropout_residual", "dropout", "triton", "triton.dropout:bias_dropout_residual_triton"),
+    Version("weight_gradient_", "linear", "cpp", "weight_gradient:weight_gradient_cpp_"),
+    Version("weight_gradient_", "linear", "reference", "weight_gradient:weight_gradient_reference_"),
     Version("adamw_", "optimizer", "cpp", "optimizer:adamw_cpp_", strided=False),
     Version("adamw_", "optimizer", "torch", "optimizer:adamw_torch_", strided=False),
     Version("adamw_", "optimizer", "reference", "optimizer:adamw_reference_"),
@@ -165,6 +167,7 @@ class Kernels:
     linear_cross_entropy: Callable[..., Any]
     dropout: Callable[..., Any]
     bias_dropout_residual: Callable[..., Any]
+    weight_gradient_: Callable[..., Any]
     adamw_: Callable[..., Any]
     square_sum: Callable[..., Any]
     chosen: dict[str, str]

@@ -156,6 +156,15 @@ def bias_dropout_residual(
     return found or _wants("bias", bias, [x.shape[-1]]) or _like("residual", residual, x)
 
 
+def weight_gradient_(main_grad: Tensor, dy: Tensor, x: Tensor) -> str:
+    """main_grad [out, in] (fp32, or fp64), dy [n, out] and x [n, in] of one type."""
+    fits = dy.dim() == x.dim() == 2 and dy.shape[0] == x.shape[0] and dy.dtype == x.dtype
+    if fits and list(main_grad.shape) == [dy.shape[1], x.shape[1]]:
+        return ""
+    shapes = " and ".join(f"{_kind(t.dtype)} {list(t.shape)}" for t in (dy, x))
+    return f"dy [n, out] and x [n, in] of one type must fit main_grad {list(main_grad.shape)}, not {shapes}"
+
+
 def adamw_(
     master: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, model: Tensor | None, **numbers: Any
 ) -> str:
@@ -184,6 +193,7 @@ RULES: dict[str, Callable[..., str]] = {
     "linear_cross_entropy": linear_cross_entropy,
     "dropout": dropout,
     "bias_dropout_residual": bias_dropout_residual,
+    "weight_gradient_": weight_gradient_,
     "adamw_": adamw_,
 }
 """Ops without a row take any shape (``gelu``, ``square_sum``) or check themselves (``attention``)."""

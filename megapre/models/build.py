@@ -50,6 +50,7 @@ class Model(nn.Module):
             by_layer=parallel.zero >= 2,
         )
         self.flat = Buffers(layout, grid, self.dtype, device, parallel.zero, parallel.offload)
+        self.flat.queue.multiply = kernels.weight_gradient_
         builder = _Builder(self, kernels, parallel.recompute, parallel.recompute_layers)
         self.stages = {stage: builder.stage(numbers) for stage, numbers in mine.items()}
         self.layers = nn.ModuleList(layer for stage in self.stages.values() for layer in stage.layers)  # type: ignore[misc]

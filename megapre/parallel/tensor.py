@@ -42,16 +42,9 @@ def accumulate(parameter: Tensor, gradient: Tensor) -> None:
 
 def accumulate_product(parameter: Tensor, dy: Tensor, x: Tensor) -> None:
     """Add dy^T x, summed over all leading dimensions, to the parameter's main gradient, now or in a W action."""
-    main = parameter.main_grad  # type: ignore[attr-defined]
+    main, queue = parameter.main_grad, parameter.queue  # type: ignore[attr-defined]
     dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-
-    def add() -> None:
-        if main.dtype == dy.dtype:
-            main.addmm_(dy.t(), x)
-        else:
-            main.add_(dy.t() @ x)
-
-    parameter.queue.add(add)  # type: ignore[attr-defined]
+    queue.add(lambda: queue.multiply(main, dy, x))
 
 
 class _ColumnLinear(torch.autograd.Function):

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
+from megapre.kernels.weight_gradient import weight_gradient_reference_
+
 Addition = Callable[[], object]
 """Adds one gradient to its main gradient."""
 
@@ -18,6 +20,8 @@ class WeightQueue:
     """Where layers hand in their weight gradients. Main gradients are written nowhere else."""
 
     def __init__(self) -> None:
+        self.multiply: Callable[..., object] = weight_gradient_reference_
+        """Adds dy^T x to a main gradient: the version that the model's kernels say."""
         self._kept: list[Addition] | None = None
 
     def add(self, addition: Addition) -> None:

@@ -57,6 +57,9 @@ CALLS: dict[str, Callable[[torch.dtype, torch.dtype], Call]] = {
     "bias_dropout_residual": lambda t, w: (
         [draw(ROWS, BATCH, WIDTH, dtype=t), draw(WIDTH, dtype=t), draw(ROWS, BATCH, WIDTH, dtype=t)], mask()
     ),
+    "weight_gradient_": lambda t, w: (
+        [torch.zeros(6, WIDTH, dtype=w), draw(ROWS, 6, dtype=t), draw(ROWS, WIDTH, dtype=t)], {}
+    ),
     "adamw_": lambda t, w: (
         [*(draw(WIDTH, dtype=w).abs() for _ in range(4)), draw(WIDTH, dtype=t)],
         dict(lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=torch.tensor(1.0)),

@@ -54,6 +54,5 @@ def linear_ce_triton(
         found = local.losses(lse, target, level, **options)  # type: ignore[arg-type]
         losses[piece] = torch.where(scale[piece] == 0, 0.0, found)
         if main_grad is not None:
-            torch.mm(logits, weight, out=dx[piece])
-            whole.add_product_(main_grad, logits, x[piece], Tensor.add_)
+            whole.add_products(dx[piece], main_grad, [(weight, logits)], x[piece], Tensor.add_)
     return losses, dx
