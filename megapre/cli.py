@@ -124,6 +124,15 @@ def trace(args: argparse.Namespace) -> int:
     return run(config, args.rank, args.json)
 
 
+def plan(args: argparse.Namespace) -> int:
+    """``megapre plan``: memory, time and cost of a job on devices that are not here, and the best layout."""
+    from megapre.planner.run import Request
+    from megapre.planner.run import main as run
+
+    names = ("gpu", "gpus", "search", "write", "html", "tokens", "price", "runs", "scaling", "json")
+    return run(args.job, args.overrides, Request(**{name: getattr(args, name) for name in names}))
+
+
 def kernels(args: argparse.Namespace) -> int:
     """``megapre kernels``: the versions of every op, which one runs here, and why another does not."""
     import torch
@@ -244,6 +253,17 @@ def _parser() -> argparse.ArgumentParser:
     added = verb("trace", trace, "peak memory and bytes sent of one rank of any grid, without GPUs", job=True)
     added.add_argument("--rank", type=int, default=0, help="the rank to trace (default: 0)")
     added.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    added = verb("plan", plan, "predict memory, speed and cost, or search the best layout, without GPUs", job=True)
+    added.add_argument("--gpu", default="h100", help="device, or the path of a profile.toml (default: h100)")
+    added.add_argument("--gpus", type=int, default=0, help="number of devices (default: the ranks of the job)")
+    added.add_argument("--search", action="store_true", help="rank all layouts on --gpus devices and take the best")
+    added.add_argument("--write", default="", metavar="JOB.toml", help="write the planned job there")
+    added.add_argument("--html", default="", metavar="FILE", help="write a page with charts there")
+    added.add_argument("--tokens", type=float, default=0.0, help="tokens of the run (default: those of train.steps)")
+    added.add_argument("--price", type=float, default=0.0, help="dollars per device hour (default: the profile's)")
+    added.add_argument("--scaling", action="store_true", help="also print compute-optimal model sizes")
+    added.add_argument("--runs", nargs="+", default=[], metavar="RUN_DIR", help="small runs to fit a scaling law to")
+    added.add_argument("--json", action="store_true", help="print one JSON object")
     added = verb("kernels", kernels, "list the versions of every op and which one runs here")
     added.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is one")
     added.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")

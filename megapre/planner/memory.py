@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megapre.parallel.pipeline.actions import BACKWARD, FORWARD, Compute
+from megapre.parallel.pipeline.schedules import SCHEDULES
 from megapre.planner.job import Job, Shape
 from megapre.planner.pipeline import SPLIT, owners, stage_layers, zero_bubble_h2
 from megapre.planner.saved import STATISTICS, kept_bytes, local_tokens
-from megapre.parallel.pipeline.actions import BACKWARD, FORWARD, Compute
-from megapre.parallel.pipeline.schedules import SCHEDULES
 
 GIB = 2.0**30
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "allocator")
@@ -53,9 +53,8 @@ class Elements:
 
     dense: float
     experts: float
-    largest_dense: float
-    """Dense elements of the largest layer: what ZeRO-3 gathers at a time."""
-    largest_experts: float
+    pair: float
+    """Elements of the two neighbouring layers that are largest together: what ZeRO-2 and 3 hold whole at a time."""
 
 
 def block_elements(shape: Shape, tensor: int, moe: bool) -> tuple[float, float]:
@@ -84,8 +83,8 @@ def elements(job: Job, rank: int) -> Elements:
     counts, owned = stage_layers(shape, layout), owners(layout)
     first_moe = shape.layers - shape.moe_layers
     dense = experts = done = 0.0
-    largest = (0.0, 0.0)
-    has_table = False
+    largest = 0.0
+    has_table = has_head = False
     for stage, (count, owner) in enumerate(zip(counts, owned)):
         plain = min(max(0, first_moe - done), count)
         done += count
@@ -94,13 +93,14 @@ def elements(job: Job, rank: int) -> Elements:
         for number, moe in ((plain, False), (count - plain, True)):
             shared, routed = block_elements(shape, layout.tensor, moe) if number else (0.0, 0.0)
             dense, experts = dense + number * shared, experts + number * routed / split
-            largest = max(largest, (shared, routed / split))
+            largest = max(largest, shared + routed / split)
         if stage == 0:
             dense += table + (shape.sequence * shape.hidden if shape.learned_positions else 0)
             has_table = True
         if stage == len(counts) - 1:
+            has_head = True
             dense += norm + (0 if shape.tied and has_table else table)
-    return Elements(dense, experts, max(largest[0], table if has_table else 0.0), largest[1])
+    return Elements(dense, experts, largest + (max(largest, table) if has_head else largest))
 
 
 def memory(job: Job, rank: int = 0) -> Memory:
@@ -115,8 +115,10 @@ def memory(job: Job, rank: int = 0) -> Memory:
     weights = split(3) * stack.width
     gradients = split(2) * stack.gradient_bytes
     optimizer = split(1) * (8.0 * max(1.0, stack.width / 4) + stack.master_bytes)
-    if "optimizer" in layout.offload:
+    if layout.offload != "none":
         optimizer = 0.0
+    if layout.offload == "parameters":
+        weights = 0.0
     activations, logits = _peak(job, rank, held)
     buffers = _buffers(job, held)
     lost = 0.0
@@ -192,7 +194,7 @@ def head_bytes(job: Job) -> tuple[float, float, float]:
     kept = rows * (2 * shape.hidden * w + STATISTICS)
     logits = tokens * columns * w
     if job.stack.engine == "megapre":
-        extra = tokens * shape.hidden * w + (columns * shape.hidden * w if w < 4 else 0)
+        extra = tokens * shape.hidden * w * (2 if layout.sequence else 1) + (columns * shape.hidden * w if w < 4 else 0)
     else:  # fp32 logits beside the 16-bit ones, and their gradient
         extra = tokens * columns * 8.0 if layout.pipeline == 1 else tokens * columns * 4.0
     return kept, logits, extra
@@ -206,7 +208,7 @@ def _transient(job: Job) -> float:
 
 
 def _buffers(job: Job, held: Elements) -> float:
-    """Inputs of the step's microbatches, rotation tables, gathered weights of ZeRO-3, buckets of ZeRO-2."""
+    """Inputs of the step's microbatches, rotation tables, whole layers of ZeRO-2 and 3."""
     shape, layout, stack = job.shape, job.layout, job.stack
     tokens = local_tokens(job)
     size = 0.0
@@ -214,9 +216,7 @@ def _buffers(job: Job, held: Elements) -> float:
         each = tokens * (8 + 8 + 4 + 8) + (0 if shape.learned_positions else tokens * 4 * shape.head_dim)
         size += each * layout.microbatches
     if layout.zero == 3:
-        size += 2 * stack.width * (held.largest_dense + held.largest_experts) + stack.gradient_bytes * (
-            held.largest_dense + held.largest_experts
-        )
-    if layout.zero == 2:
-        size += stack.gradient_bytes * max(layout.bucket_elements, held.largest_dense)
+        size += stack.width * held.pair
+    if layout.zero >= 2:
+        size += stack.gradient_bytes * held.pair
     return size

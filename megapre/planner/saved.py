@@ -82,6 +82,8 @@ def _megapre_core(job: Job, tokens: float, q: float, kv: float) -> list[Saved]:
     """What our attention keeps between projection and output layer."""
     shape, layout, stack = job.shape, job.layout, job.stack
     repeats = shape.heads // shape.kv_heads > 1 and stack.attention != "unfused"
+    if layout.recompute == "selective":  # what is kept is what goes in
+        repeats = False
     rope = not shape.learned_positions
     kept = []
     if repeats:  # keys and values repeated for every query head; the fused projection is then free
@@ -96,8 +98,6 @@ def _megapre_core(job: Job, tokens: float, q: float, kv: float) -> list[Saved]:
         kept.append(Saved("scores", scores * 4 * (3 if shape.dropout else 2), "scores"))
     else:
         kept.append(Saved("log-sum-exp", tokens * shape.heads / layout.tensor * 4, "scores"))
-        if layout.microbatch > 1:  # the kernel's [batch, seq] order is copied to [seq, batch]
-            kept.append(Saved("kernel output", q, "scores"))
     return kept
 
 
