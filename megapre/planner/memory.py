@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megapre.parallel.pipeline.actions import BACKWARD, FORWARD, Compute
+from megapre.parallel.pipeline.actions import BACKWARD, FORWARD, WEIGHT, Compute
 from megapre.parallel.pipeline.schedules import SCHEDULES
 from megapre.planner.job import Job, Shape
 from megapre.planner.pipeline import SPLIT, owners, stage_layers, zero_bubble_h2
 from megapre.planner.saved import STATISTICS, kept_bytes, local_tokens
+from megapre.planner.work import linears
 
 GIB = 2.0**30
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "allocator")
@@ -21,6 +22,8 @@ CONTEXT = 2.0 * GIB
 """A GPU's context, communicators and workspaces."""
 FRAGMENTS = 0.04
 """Share of activations that a caching allocator loses."""
+LOSS_ROWS, LOSS_COLUMNS = 768, 4096
+"""Logits, and columns of a product, that our loss makes at a time (``kernels/linear_cross_entropy.py``)."""
 ROUNDS = 4
 """Microbatches simulated per pipeline rank: the peak comes in the first rounds."""
 
@@ -163,21 +166,31 @@ def _peak(job: Job, rank: int, held: Elements) -> tuple[float, float]:
     again = max(whole for _, whole in blocks.values()) - (0 if layout.recompute != "full" else _input_bytes(job))
     working = again if layout.recompute == "full" else 0.0
     working += _transient(job)
-    live = peak = 0.0
-    peak_logits = 0.0
-    frees = "W" if layout.schedule in SPLIT else BACKWARD
+    live = peak = peak_logits = 0.0
+    split = layout.schedule in SPLIT
+    products = [count * product_bytes(job) for count in counts] if split else [0.0] * len(counts)
     for action in rank_actions(layout.schedule, layout.pipeline, layout.chunks, layout.microbatches, rank):
-        at_head = action.stage == last and action.kind != "W"
+        at_head = action.stage == last and action.kind == BACKWARD
         if action.kind == FORWARD:
             live += keeps[action.stage]
         extra = working if action.kind == BACKWARD else 0.0
         own = head_kept + logits + head_extra if at_head else 0.0
-        now = live + max(extra, own)
+        grown = max(0.0, products[action.stage] - keeps[action.stage]) if action.kind == BACKWARD else 0.0
+        now = live + max(extra + grown, own)
         if now > peak:
             peak, peak_logits = now, (logits if at_head and own >= extra else 0.0)
-        if action.kind == frees:
-            live -= keeps[action.stage]
+        if action.kind == BACKWARD:
+            live += products[action.stage] - keeps[action.stage]
+        elif action.kind == WEIGHT:
+            live -= products[action.stage]
     return peak - peak_logits, peak_logits
+
+
+def product_bytes(job: Job) -> float:
+    """What a block's W actions need after its B: input and output gradient of every linear layer."""
+    moe = job.shape.moe_layers > 0
+    layers = [layer for kind in linears(job, local_tokens(job), moe) for layer in kind]
+    return sum(layer.groups * layer.rows * (layer.inputs + layer.outputs) for layer in layers) * job.stack.width
 
 
 def _input_bytes(job: Job) -> float:
@@ -193,8 +206,10 @@ def head_bytes(job: Job) -> tuple[float, float, float]:
     columns = -(-shape.vocab // layout.tensor)
     kept = rows * (2 * shape.hidden * w + STATISTICS)
     logits = tokens * columns * w
-    if job.stack.engine == "megapre":
-        extra = tokens * shape.hidden * w * (2 if layout.sequence else 1) + (columns * shape.hidden * w if w < 4 else 0)
+    if job.stack.engine == "megapre":  # the output layer and its loss run over chunks of rows
+        logits = min(LOSS_ROWS, tokens) * columns * w
+        extra = tokens * shape.hidden * w * (2 if layout.sequence else 1)
+        extra += min(LOSS_COLUMNS, columns) * shape.hidden * w if w < 4 else 0.0
     else:  # fp32 logits beside the 16-bit ones, and their gradient
         extra = tokens * columns * 8.0 if layout.pipeline == 1 else tokens * columns * 4.0
     return kept, logits, extra

@@ -8,12 +8,12 @@ speed of its kernel. Rings follow 2 (n - 1) / n x bytes / bandwidth + latency.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 from megapre.planner.constants import Constants
 from megapre.planner.job import Job
 from megapre.planner.network import Network
+from megapre.planner.work import Linear
 
 TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.93), (128, 64, 0.78), (64, 64, 0.55))
 """Output tiles of cuBLAS-like kernels with their speed on a full device."""
@@ -40,21 +40,6 @@ def alignment(*dimensions: int) -> float:
     for dimension in dimensions:
         kept *= next((share for unit, share in ALIGNMENTS if dimension % unit), 1.0)
     return kept
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer [inputs -> outputs] on this rank's rows, ``groups`` times (experts)."""
-
-    inputs: int
-    outputs: int
-    rows: float
-    groups: int = 1
-
-    @property
-    def flops(self) -> float:
-        """Of its forward pass."""
-        return 2.0 * self.rows * self.inputs * self.outputs * self.groups
 
 
 class Speed:

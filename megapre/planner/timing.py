@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from megapre.planner.constants import Constants
 from megapre.planner.job import Job
 from megapre.planner.pipeline import Costs, pipeline_time, stage_layers
-from megapre.planner.speed import Linear, Speed
+from megapre.planner.speed import Speed
+from megapre.planner.work import linears
 
 FLOOR = 8.0
 """Exponent with which computation and launches are joined: (a^p + b^p)^(1/p), close to their maximum."""
@@ -80,32 +81,6 @@ def join(device: float, host: float) -> float:
     """The time of work that the host launches while the device runs it."""
     top = max(device, host)
     return top * ((device / top) ** FLOOR + (host / top) ** FLOOR) ** (1 / FLOOR) if top else 0.0
-
-
-def linears(job: Job, tokens: float, moe: bool) -> tuple[list[Linear], list[Linear]]:
-    """A block's linear layers on one rank: those of every token, and those of experts."""
-    shape, layout = job.shape, job.layout
-    t = layout.tensor
-    kv = max(shape.kv_width / t, shape.head_dim)
-    dense = [
-        Linear(shape.hidden, round(shape.q_width / t + 2 * kv), tokens),
-        Linear(round(shape.q_width / t), shape.hidden, tokens),
-    ]
-    up = shape.matrices - 1
-
-    def mlp(width: int, split: int, rows: float, groups: int = 1) -> list[Linear]:
-        return [
-            Linear(shape.hidden, round(up * width / split), rows, groups),
-            Linear(round(width / split), shape.hidden, rows, groups),
-        ]
-
-    if not moe:
-        return dense + mlp(shape.ffn, t, tokens), []
-    if shape.shared_ffn:
-        dense += mlp(shape.shared_ffn, t, tokens)
-    local = max(1, shape.experts // layout.expert)
-    rows = tokens / t * layout.expert * layout.expert_tensor * shape.experts_per_token / shape.experts
-    return dense, mlp(shape.expert_ffn, layout.expert_tensor, rows, local)
 
 
 def block(job: Job, speed: Speed, moe: bool) -> Block:
