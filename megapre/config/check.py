@@ -355,11 +355,14 @@ def split_sums_to_one(config: Config) -> str | None:
 
 
 def weights_match_paths(config: Config) -> str | None:
-    """One positive weight per path, or none at all."""
-    weights, paths = config.data.weights, config.data.paths
-    if weights and len(weights) != len(paths):
-        return f"data.weights has {len(weights)} entries for {len(paths)} data.paths"
-    if weights and min(weights) <= 0:
+    """One positive weight per path and stage, or none at all; with stages a path may rest in some."""
+    weights, paths, stages = config.data.weights, config.data.paths, config.data.stages
+    if (weights or stages) and len(weights) != len(paths) * (len(stages) + 1):
+        each = f" in each of {len(stages) + 1} stages" if stages else ""
+        return f"data.weights has {len(weights)} entries for {len(paths)} data.paths{each}"
+    if stages and (min(stages) < 1 or stages != sorted(set(stages))):
+        return f"data.stages must be numbers of samples that rise from above 0, not {stages}"
+    if weights and (min(weights) < 0 or (min(weights) == 0 and not stages)):
         return f"data.weights holds {min(weights):g} but every weight must be greater than 0: drop the path instead"
     if "" in paths:
         return f"data.paths holds an empty path at position {paths.index('')}"

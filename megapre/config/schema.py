@@ -75,7 +75,10 @@ class DataConfig:
     paths: list[str] = field(default_factory=list)
     """Prefixes of ``.bin``/``.idx`` pairs, e.g. ``data/corpus_text_document``."""
     weights: list[float] = field(default_factory=list)
-    """Share of samples drawn from each path; empty means one share per training token."""
+    """Share of samples drawn from each path; empty means one share per training token. With ``stages``: the shares of
+    the first stage, then those of the second, and so on; 0 leaves a path out of a stage."""
+    stages: list[int] = field(default_factory=list)
+    """Samples at which the next stage's weights begin, ascending; empty: one stage."""
     split: list[float] = field(default_factory=lambda: [0.98, 0.02, 0.0])
     """Shares of documents (by stored order, each source alone) for training, validation and test."""
     tokenizer_type: str = "HuggingFaceTokenizer"

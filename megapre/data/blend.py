@@ -6,8 +6,10 @@ Discrete Mathematics 32, 1980): after any number of samples each source is less 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from itertools import pairwise
 from math import fsum, gcd, isfinite
 
 import numpy as np
@@ -114,3 +116,72 @@ class Blend:
         cycle, slot = divmod(sample, self.period)
         source = int(self._source[slot])
         return source, cycle * self.counts[source] + int(self._rank[slot])
+
+    def count(self, source: int, samples: int) -> int:
+        """Samples of ``source`` among the first ``samples``."""
+        if self._source is None:
+            return samples
+        cycles, slots = divmod(samples, self.period)
+        return cycles * self.counts[source] + int(np.count_nonzero(self._source[:slots] == source))
+
+    def number(self, source: int, rank: int) -> int:
+        """The sample that ``locate`` finds as ``source`` and ``rank``."""
+        if self._source is None:
+            return rank
+        cycle, within = divmod(rank, self.counts[source])
+        return cycle * self.period + int(np.flatnonzero(self._source == source)[within])
+
+
+class StagedBlend:
+    """Weights that change at given samples; a source goes on where the stage before left it.
+
+    ``stages`` holds the first sample of each stage after the first, ``weights`` a share for every source in each. A
+    source may have none in some stages, where it rests; ValueError when it has none in any.
+    """
+
+    def __init__(
+        self, weights: Sequence[Sequence[float]], stages: Sequence[int], names: Sequence[str] | None = None
+    ) -> None:
+        self.starts = [0, *stages]
+        if any(a >= b for a, b in pairwise(self.starts)) or len(self.starts) != len(weights):
+            raise ValueError(f"data.stages = {list(stages)} must rise from above 0, with data.weights for each stage.")
+        size = len(weights[0])
+        for source in range(size):
+            if all(shares[source] == 0 for shares in weights):
+                name = f" ({names[source]})" if names else ""
+                raise ValueError(f"data.paths[{source}]{name} has no weight in any stage: drop it.")
+        self._used = [[i for i, share in enumerate(shares) if share] or [0] for shares in weights]
+        single = len(weights) == 1
+        self._blends = [
+            Blend(shares if single else [shares[i] for i in used], names if single else None)
+            for used, shares in zip(self._used, weights)
+        ]
+        self._before = [[0] * size]
+        for stage in range(len(stages)):
+            length, counts = self.starts[stage + 1] - self.starts[stage], list(self._before[-1])
+            for place, source in enumerate(self._used[stage]):
+                counts[source] += self._blends[stage].count(place, length)
+            self._before.append(counts)
+
+    @property
+    def counts(self) -> list[int]:
+        """Shares of the first stage as small integers."""
+        return self._blends[0].counts
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Source of ``sample`` and its rank among all samples of that source."""
+        stage = bisect_right(self.starts, sample) - 1
+        place, rank = self._blends[stage].locate(sample - self.starts[stage])
+        source = self._used[stage][place]
+        return source, self._before[stage][source] + rank
+
+    def number(self, source: int, rank: int) -> int | None:
+        """The sample that ``locate`` finds as ``source`` and ``rank``; None when no stage comes so far."""
+        for stage, start in enumerate(self.starts):
+            last = stage + 1 == len(self.starts)
+            if source not in self._used[stage] or (not last and rank >= self._before[stage + 1][source]):
+                continue
+            return start + self._blends[stage].number(
+                self._used[stage].index(source), rank - self._before[stage][source]
+            )
+        return None

@@ -34,7 +34,10 @@ def check_data(config: Config) -> int:
     valid = [split_tokens(dataset, data.split)[1] for dataset in datasets]
     if config.train.eval_samples > 0 and max(hi - lo for lo, hi in valid) < config.model.sequence + 1:
         raise no_sample(config, "valid")
-    round_weights(sample_weights(config, datasets), data.paths)
+    weights = sample_weights(config, datasets)
+    for stage in weights:
+        used = [i for i, share in enumerate(stage) if share or len(weights) == 1]
+        round_weights([stage[i] for i in used], [data.paths[i] for i in used])
     _check_tokenizer(config, datasets)
     vocab_size = _vocab_size(config, datasets)
     for dataset in datasets:

@@ -96,6 +96,17 @@ def two_level(index: int, size: int, key: int, short_slot: int, block: int = BLO
     return permute(slot, -(-size // block), key) * block + offset
 
 
+def two_level_place(window: int, size: int, key: int, short_slot: int, block: int = BLOCK, group: int = GROUP) -> int:
+    """The place at which ``two_level`` visits ``window``."""
+    number, offset = divmod(window, block)
+    place = unpermute(number, -(-size // block), key) * block + offset
+    last = size % block
+    if last and place >= (short_slot + 1) * block:
+        place -= block - last
+    g, within = divmod(place, group)
+    return g * group + unpermute(within, min(group, size - g * group), derive_key(key, g + 1))
+
+
 def short_block_slot(size: int, key: int, block: int = BLOCK) -> int:
     """Slot of the last, perhaps short, block in the order of blocks."""
     blocks = -(-size // block)
@@ -163,6 +174,21 @@ class SampleOrder:
         if over <= 0:
             return [(self.lo + start, self.lo + start + self.length + 1)]
         return [(self.lo + start, self.hi), (self.lo, self.lo + over)]
+
+    def ranks(self, start: int, stop: int, epoch: int) -> list[int]:
+        """Ranks of an epoch's samples that hold, as input or target, any of the source's tokens [start, stop)."""
+        state, size = self._at(epoch), self.hi - self.lo
+        found = set()
+        for token in {*range(max(start, self.lo), min(stop, self.hi), self.length), min(stop, self.hi) - 1}:
+            if self.lo <= token < self.hi:
+                place = (token - self.lo - state.phase) % size
+                # A window's last token is the next one's first; the window that ends the ring takes in what follows.
+                near = {place // self.length, (place - 1) // self.length if place else -1}
+                if place == 0:
+                    near.add(self.windows - 1 if self.windows * self.length == size else -1)
+                found |= {window for window in near if 0 <= window < self.windows}
+        key, slot = state.key, state.short_slot
+        return sorted(epoch * self.windows + two_level_place(w, self.windows, key, slot) for w in found)
 
     def _at(self, number: int) -> _Epoch:
         # The reading thread and a direct caller may race here: both write a correct, immutable value.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megapre.config.schema import Config
-from megapre.data.blend import Blend
+from megapre.data.blend import StagedBlend
 from megapre.data.indexed import IndexedDataset
 from megapre.data.order import SampleOrder, split_documents
 from megapre.objectives.example import Setting
@@ -73,20 +73,27 @@ class Samples:
             order = SampleOrder(config.data.seed, stream, lo, hi, self.length, f"{dataset.prefix} ({split})")
             setting = _setting(config, dataset, vocab_size, which)
             self.sources.append(Source(dataset.prefix, dataset, order, setting))
-            kept.append(weights[number])
+            kept.append([stage[number] for stage in weights])
         if not self.sources:
             raise no_sample(config, split)
-        self.blend = Blend(kept, [source.path for source in self.sources])
+        names = [source.path for source in self.sources]
+        # Validation and test are drawn by the first stage's shares throughout.
+        stages = config.data.stages if split == "train" else []
+        self.blend = StagedBlend([list(row) for row in zip(*kept)][: len(stages) + 1], stages, names)
 
     def locate(self, number: int) -> tuple[Source, int]:
         """Source of sample ``number`` and its rank among that source's samples."""
         source, rank = self.blend.locate(number)
         return self.sources[source], rank
 
+    def spans(self, source: Source, rank: int) -> list[tuple[int, int]]:
+        """Token ranges of sample ``rank`` of a source, L + 1 tokens in all."""
+        return source.order.spans(rank)
+
     def sample(self, number: int) -> Sample:
         """Sample ``number``; ValueError on a token id that the model's vocabulary does not have."""
         source, rank = self.locate(number)
-        spans = source.order.spans(rank)
+        spans = self.spans(source, rank)
         parts = [source.dataset.read(start, stop) for start, stop in spans]
         stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
         self._check_ids(stored, source)
@@ -160,15 +167,16 @@ def no_sample(config: Config, split: str) -> ValueError:
     )
 
 
-def sample_weights(config: Config, datasets: list[IndexedDataset]) -> list[float]:
-    """``data.weights``, or the training tokens of each source when it is empty."""
-    weights = config.data.weights
-    if weights and len(weights) != len(datasets):
-        raise ValueError(f"data.weights has {len(weights)} shares for the {len(datasets)} prefixes of data.paths.")
+def sample_weights(config: Config, datasets: list[IndexedDataset]) -> list[list[float]]:
+    """Per stage, ``data.weights``, or the training tokens of each source when it is empty."""
+    weights, count, stages = config.data.weights, len(datasets), len(config.data.stages) + 1
+    if (weights or stages > 1) and len(weights) != count * stages:
+        each = f" in each of {stages} stages" if stages > 1 else ""
+        raise ValueError(f"data.weights has {len(weights)} shares for the {count} prefixes of data.paths{each}.")
     if weights:
-        return list(weights)
+        return [list(weights[stage * count : (stage + 1) * count]) for stage in range(stages)]
     tokens = [split_tokens(dataset, config.data.split)[0] for dataset in datasets]
-    return [float(hi - lo) for lo, hi in tokens]
+    return [[float(hi - lo) for lo, hi in tokens]]
 
 
 def mask_token(config: Config, dataset: IndexedDataset, vocab_size: int) -> int:
