@@ -54,6 +54,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
             )
             return trainer.run()
         finally:
+            if report := loader.report():
+                monitor.text(report)
             loader.close()
             monitor.close()
 

@@ -109,9 +109,8 @@ def run(args: argparse.Namespace) -> int:
     found = 0
     for source, document in search(samples, tokenizer, args.find):
         found += 1
-        print(
-            f"{samples.sources[source].path} document {document}: {describe(config, samples, source, document, args.epochs)}"
-        )
+        steps = describe(config, samples, source, document, args.epochs)
+        print(f"{samples.sources[source].path} document {document}: {steps}")
     return 0 if found else 1
 
 

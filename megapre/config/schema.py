@@ -85,6 +85,9 @@ class DataConfig:
     """``HuggingFaceTokenizer``, ``SentencePieceTokenizer``, ``ByteTokenizer`` or ``NullTokenizer``."""
     tokenizer_model: str = ""
     """The tokenizer's file. Empty: none is loaded (``generate`` then needs ``--tokenizer``)."""
+    packing: str = "concatenate"
+    """``concatenate`` (documents back to back, cut every ``model.sequence`` tokens, as GPT) or ``best-fit`` (whole
+    documents in rows, arXiv 2404.10830, from a plan that ``tools/pack_data.py`` made)."""
     objective: str = "causal"
     """``causal`` (next token) or ``masked`` (BERT, arXiv 1810.04805)."""
     mask_probability: float = 0.15
@@ -101,6 +104,10 @@ class DataConfig:
     """Key of the sample order and of the objectives' randomness."""
     prefetch: int = 2
     """Steps read ahead by the loader's thread."""
+    cache_dir: str = ""
+    """Local folder for parts of remote paths (``s3://...``); empty: ``megapre-cache`` among the temporary files."""
+    cache_gib: float = 8.0
+    """Largest size of a rank's part of ``cache_dir``, in GiB."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from megapre.config.schema import Config
 from megapre.data.blend import round_weights
 from megapre.data.indexed import IndexedDataset
 from megapre.data.order import SampleOrder
-from megapre.data.samples import mask_token, no_sample, sample_weights, split_tokens
+from megapre.data.pack import open_packs
+from megapre.data.samples import make_cache, mask_token, no_sample, sample_weights, split_tokens
 from megapre.data.sidecar import TokenizerRecord, model_digest, model_files
 from megapre.objectives.table import load as load_objective
 
@@ -27,9 +28,21 @@ def check_data(config: Config) -> int:
     load_objective(data.objective)
     if not 0 < data.mask_probability <= 1:
         raise ValueError(f"data.mask_probability = {data.mask_probability} is not in (0, 1].")
-    datasets = [IndexedDataset(path) for path in data.paths]
+    cache = make_cache(config)
+    try:
+        return _check(config, [IndexedDataset(path, cache=cache) for path in data.paths])
+    finally:
+        if cache is not None:
+            cache.close()
+
+
+def _check(config: Config, datasets: list[IndexedDataset]) -> int:
+    data = config.data
     for dataset in datasets:
         lo, hi = split_tokens(dataset, data.split)[0]
+        if data.packing == "best-fit":
+            open_packs(dataset, config.model.sequence, data.split, 0)
+            continue
         SampleOrder(data.seed, 0, lo, hi, config.model.sequence, f"{dataset.prefix} (train)")
     valid = [split_tokens(dataset, data.split)[1] for dataset in datasets]
     if config.train.eval_samples > 0 and max(hi - lo for lo, hi in valid) < config.model.sequence + 1:

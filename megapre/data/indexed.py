@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megapre.data import native
+from megapre.data.remote import Cache, LocalFile, RemoteFile, is_remote
 from megapre.data.sidecar import Sidecar, TokenizerRecord, read_sidecar, tree_digest
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -42,10 +43,19 @@ class IndexedDataset:
     Raises ValueError, in one sentence, on a pair that is missing, cut short or inconsistent.
     """
 
-    def __init__(self, prefix: str, *, verify: bool = False) -> None:
-        self.prefix = prefix
-        self._bin = _open(prefix + ".bin")
-        idx = _open(prefix + ".idx")
+    def __init__(self, prefix: str, *, verify: bool = False, cache: Cache | None = None) -> None:
+        self.prefix, local = prefix, prefix
+        self._bin: LocalFile | RemoteFile
+        if is_remote(prefix):
+            cache = cache or Cache("", 1 << 30)
+            self._bin = RemoteFile(prefix + ".bin", cache)
+            index, record = cache.copy(prefix + ".idx"), cache.copy(prefix + ".json")
+            if index is None:
+                raise ValueError(f"{prefix}.idx does not exist; data.paths holds prefixes of .bin/.idx pairs.")
+        else:
+            self._bin = LocalFile(prefix + ".bin")
+            index, record = local + ".idx", local + ".json"
+        idx = _open(index)
         self.dtype, self.sequences, entries = _read_header(idx, prefix)
         self.n_documents = entries - 1
         s = self.sequences
@@ -56,10 +66,10 @@ class IndexedDataset:
         self._pointers = body[at + 4 * s : at + 12 * s].view("<i8")
         self._first = body[at + 12 * s : at + 12 * s + 8 * entries].view("<i8")
         self._addresses = (self._first.ctypes.data, self.n_documents, self._pointers.ctypes.data, s)
-        bin_bytes = os.fstat(self._bin.fileno()).st_size
+        bin_bytes = self._bin.size
         self._check_ends(bin_bytes)
         self.total_tokens = bin_bytes // self.dtype.itemsize
-        self.sidecar = read_sidecar(prefix + ".json")
+        self.sidecar = read_sidecar(record) if record else None
         if self.sidecar is None:
             warnings.warn(
                 f"{prefix}.json is missing: the tokenizer, the end-of-document id and the digests of {prefix} "
@@ -81,7 +91,9 @@ class IndexedDataset:
         """Flat view of all tokens, mapped read-only: ``dtype`` [total_tokens]."""
         if self.total_tokens == 0:
             return np.empty(0, self.dtype)
-        return np.memmap(self._bin, dtype=self.dtype, mode="r").view(np.ndarray)
+        if isinstance(self._bin, RemoteFile):
+            return self.read(0, self.total_tokens)
+        return np.memmap(self._bin.path, dtype=self.dtype, mode="r").view(np.ndarray)
 
     @property
     def sequence_lengths(self) -> np.ndarray:
@@ -139,13 +151,18 @@ class IndexedDataset:
             raise ValueError(f"tokens [{start}, {stop}) are outside the {self.total_tokens} tokens of {self.prefix}.")
         size = self.dtype.itemsize
         wanted = (stop - start) * size
-        data = os.pread(self._bin.fileno(), wanted, start * size)
+        data = self._bin.pread(wanted, start * size)
         while len(data) < wanted:
-            more = os.pread(self._bin.fileno(), wanted - len(data), start * size + len(data))
+            more = self._bin.pread(wanted - len(data), start * size + len(data))
             if not more:
                 raise ValueError(f"{self.prefix}.bin ended {wanted - len(data)} bytes early: it changed while open.")
             data += more
         return np.frombuffer(data, self.dtype)
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Say that tokens [start, stop) will be read soon; for remote files."""
+        if isinstance(self._bin, RemoteFile):
+            self._bin.prefetch(start * self.dtype.itemsize, stop * self.dtype.itemsize)
 
     def document(self, index: int) -> np.ndarray:
         """Copy of the tokens of document ``index``, in the stored dtype; IndexError outside [0, documents)."""
@@ -220,6 +237,8 @@ class IndexedDataset:
                 )
 
     def _check_digests(self, sidecar: Sidecar) -> None:
+        if isinstance(self._bin, RemoteFile):
+            raise ValueError(f"{self.prefix} is remote: verify it where it is stored.")
         for suffix, digest in ((".bin", sidecar.bin_digest), (".idx", sidecar.idx_digest)):
             if digest is not None and (found := tree_digest(self.prefix + suffix)) != digest:
                 raise ValueError(

@@ -20,6 +20,9 @@ from megapre.config.ramp import Steps
 from megapre.config.schema import Config
 from megapre.data.samples import Sample, Samples, cut
 
+LOOKAHEAD = 8
+"""Steps whose blocks are asked for ahead, from remote paths."""
+
 
 @dataclass
 class Microbatch:
@@ -89,12 +92,26 @@ class Loader:
     def step_batch(self, step: int) -> StepBatch:
         """The batch of ``step`` on this rank: a pure function of the step."""
         microbatches, plan = [], self._steps.at(step)
+        if self._samples.cache is not None:
+            for ahead in range(step, step + LOOKAHEAD):
+                for number in self._mine(ahead):
+                    self._samples.prefetch(number)
         for m in range(plan.samples // (self._size * self._micro)):
             first = plan.first + (m * self._size + self._rank) * self._micro
             rows = [row for i in range(self._micro) for row in cut(self._samples.sample(first + i), plan.rows)]
             microbatches.append(_collate(rows))
         targets = _target_tokens(microbatches)
         return StepBatch(step, [_pin(m) for m in microbatches] if self._pinned else microbatches, targets)
+
+    def _mine(self, step: int) -> Iterator[int]:
+        """Numbers of this rank's samples of a step."""
+        plan = self._steps.at(step)
+        for first in range(self._rank * self._micro, plan.samples, self._size * self._micro):
+            yield from range(plan.first + first, plan.first + first + self._micro)
+
+    def report(self) -> str:
+        """How the cache of remote paths did; empty without one."""
+        return self._samples.cache.report() if self._samples.cache is not None else ""
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
@@ -123,6 +140,8 @@ class Loader:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._samples.cache is not None:
+            self._samples.cache.close()
 
     def _read(self, step: int) -> None:
         while not self._closed.is_set():

@@ -13,6 +13,8 @@ from megapre.config.schema import Config
 from megapre.data.blend import StagedBlend
 from megapre.data.indexed import IndexedDataset
 from megapre.data.order import SampleOrder, split_documents
+from megapre.data.pack import Packs, open_packs
+from megapre.data.remote import Cache, is_remote
 from megapre.objectives.example import Setting
 from megapre.objectives.table import load as load_objective
 
@@ -44,6 +46,8 @@ class Source:
     dataset: IndexedDataset
     order: SampleOrder
     setting: Setting
+    packs: Packs | None = None
+    """Rows of whole documents; then ``order`` counts rows as windows of one token."""
 
 
 class Samples:
@@ -59,20 +63,25 @@ class Samples:
         self.vocab_size = vocab_size
         self.data = config.data
         self._build = load_objective(config.data.objective)
-        datasets = [IndexedDataset(path) for path in config.data.paths]
+        self.cache = make_cache(config)
+        datasets = [IndexedDataset(path, cache=self.cache) for path in config.data.paths]
         weights = sample_weights(config, datasets)
         which = SPLITS.index(split)
         self.sources: list[Source] = []
         kept = []
         for number, dataset in enumerate(datasets):
+            packs, length = None, self.length
             lo, hi = split_tokens(dataset, config.data.split)[which]
+            if config.data.packing == "best-fit":
+                packs = open_packs(dataset, self.length, config.data.split, which)
+                lo, hi, length = 0, packs.count, 1
             # A source may be too small to validate on; it may not silently vanish from training.
-            if split != "train" and hi - lo < self.length + 1:
+            if split != "train" and hi - lo < length + 1:
                 continue
             stream = number * len(SPLITS) + which
-            order = SampleOrder(config.data.seed, stream, lo, hi, self.length, f"{dataset.prefix} ({split})")
+            order = SampleOrder(config.data.seed, stream, lo, hi, length, f"{dataset.prefix} ({split})")
             setting = _setting(config, dataset, vocab_size, which)
-            self.sources.append(Source(dataset.prefix, dataset, order, setting))
+            self.sources.append(Source(dataset.prefix, dataset, order, setting, packs))
             kept.append([stage[number] for stage in weights])
         if not self.sources:
             raise no_sample(config, split)
@@ -87,8 +96,17 @@ class Samples:
         return self.sources[source], rank
 
     def spans(self, source: Source, rank: int) -> list[tuple[int, int]]:
-        """Token ranges of sample ``rank`` of a source, L + 1 tokens in all."""
+        """Token ranges of sample ``rank`` of a source: L + 1 tokens, or at most L with packing."""
+        if source.packs is not None:
+            return source.packs.row(source.order.window(rank))
         return source.order.spans(rank)
+
+    def prefetch(self, number: int) -> None:
+        """Say that sample ``number`` will be read soon; nothing happens unless its source is remote."""
+        if self.cache is not None:
+            source, rank = self.locate(number)
+            for start, stop in self.spans(source, rank):
+                source.dataset.prefetch(start, stop)
 
     def sample(self, number: int) -> Sample:
         """Sample ``number``; ValueError on a token id that the model's vocabulary does not have."""
@@ -97,22 +115,32 @@ class Samples:
         parts = [source.dataset.read(start, stop) for start, stop in spans]
         stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
         self._check_ids(stored, source)
-        inputs, targets, weights = self._build(stored.astype(np.int64), number, source.setting)
+        tokens = stored.astype(np.int64)
+        if source.packs is not None:  # what is left of the row is end-of-document tokens that nothing is learnt from
+            tokens = np.append(tokens, np.full(self.length + 1 - len(tokens), source.setting.eod or 0))
+        inputs, targets, weights = self._build(tokens, number, source.setting)
+        if source.packs is not None:
+            weights[len(stored) :] = 0.0
+            if self.data.objective == "causal":  # no document predicts the next one
+                weights[np.cumsum([stop - start for start, stop in spans]) - 1] = 0.0
         positions = np.arange(self.length, dtype=np.int64)
         segments = None
         if self.data.reset_positions or self.data.reset_attention:
-            bounds = self._document_bounds(source.dataset, spans)
+            bounds = self._document_bounds(source, spans)
             lengths = np.diff(bounds)
             if self.data.reset_positions:
                 positions -= np.repeat(bounds[:-1], lengths)
             segments = np.repeat(np.arange(len(lengths)), lengths) if self.data.reset_attention else None
         return Sample(number, inputs, targets, weights, positions, segments)
 
-    def _document_bounds(self, dataset: IndexedDataset, spans: list[tuple[int, int]]) -> np.ndarray:
+    def _document_bounds(self, source: Source, spans: list[tuple[int, int]]) -> np.ndarray:
         """Places in the sample where a document begins, ascending, with 0 at the front and L at the end."""
+        if source.packs is not None:
+            ends = np.cumsum([stop - start for start, stop in spans])
+            return np.concatenate(([0], ends, [self.length] if ends[-1] < self.length else [])).astype(np.int64)
         places, offset = [], 0
         for start, stop in spans:
-            places.append(dataset.document_starts(start, stop) + (offset - start))
+            places.append(source.dataset.document_starts(start, stop) + (offset - start))
             offset += stop - start
         starts = places[0] if len(places) == 1 else np.concatenate(places)
         bounds = np.concatenate(([0], starts[(starts > 0) & (starts < self.length)], [self.length]))
@@ -151,6 +179,13 @@ def cut(sample: Sample, rows: int) -> list[Sample]:
             )
         )
     return made
+
+
+def make_cache(config: Config) -> Cache | None:
+    """The cache of remote paths, when there are any."""
+    if not any(map(is_remote, config.data.paths)):
+        return None
+    return Cache(config.data.cache_dir, int(config.data.cache_gib * (1 << 30)))
 
 
 def split_tokens(dataset: IndexedDataset, shares: list[float]) -> list[tuple[int, int]]:

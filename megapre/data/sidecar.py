@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 CHUNK_BYTES = 1 << 22
 BLOCK_BYTES = 64 << 20
@@ -96,10 +97,14 @@ class Sidecar:
     tokenizer: TokenizerRecord | None = None
     validated: str | None = None
     """``idx_digest`` when `inspect_data.py --validate` found every offset and digest right."""
+    packs: dict[str, Any] | None = None
+    """Plans of best-fit packing by tokens a row (``data/pack.py``)."""
 
     def write(self, path: str | Path) -> None:
         """Write as JSON, flushed to the disk."""
-        write_json(path, {key: value for key, value in asdict(self).items() if key != "validated" or value})
+        write_json(
+            path, {key: value for key, value in asdict(self).items() if key not in ("validated", "packs") or value}
+        )
 
 
 def write_json(path: str | Path, content: object) -> None:

@@ -208,7 +208,7 @@ def restore(path: Path, config: Config, step: TrainStep) -> dict[str, Any]:
 
 FIXED = {
     "model": (),
-    "data": ("paths", "weights", "stages", "split", "objective", "mask_probability", "seed"),
+    "data": ("paths", "weights", "stages", "packing", "split", "objective", "mask_probability", "seed"),
     "train": ("global_batch", "batch_ramp", "sequence_ramp", "seed"),
 }
 """What must not change on resume, by table; no names: the whole table."""
