@@ -54,8 +54,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
             )
             return trainer.run()
         finally:
-            if report := loader.report():
-                monitor.text(report)
+            if streamed := loader.report():
+                monitor.text(streamed)
             loader.close()
             monitor.close()
 
