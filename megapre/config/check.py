@@ -10,6 +10,7 @@ import math
 from dataclasses import fields, replace
 from typing import Any
 
+from megapre.config.check_experts import expert_mesh_fits, experts_fit
 from megapre.config.ramp import clock
 from megapre.config.ramp_rules import RAMP_RULES
 from megapre.config.schema import Config
@@ -24,6 +25,7 @@ CHOICES = {
     "model.norm": ("layernorm", "rmsnorm"),
     "model.activation": ("gelu", "swiglu"),
     "model.positions": ("learned", "rope", "none"),
+    "model.router_scores": ("softmax", "sigmoid"),
     "data.tokenizer_type": (
         "HuggingFaceTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer", "BertWordPieceLowerCase",
         "BertWordPieceCase", "TikTokenizer", "ByteTokenizer", "NullTokenizer",
@@ -56,6 +58,16 @@ RANGES = {
     "model.dropout": PROBABILITY,
     "model.attention_dropout": PROBABILITY,
     "model.init_std": POSITIVE,
+    "model.experts": NATURAL,
+    "model.experts_per_token": COUNT,
+    "model.expert_hidden": NATURAL,
+    "model.shared_experts": NATURAL,
+    "model.moe_every": COUNT,
+    "model.moe_dense_first": NATURAL,
+    "model.capacity_factor": NON_NEGATIVE,
+    "model.router_scale": POSITIVE,
+    "model.router_aux_loss": NON_NEGATIVE,
+    "model.router_z_loss": NON_NEGATIVE,
     "data.mask_probability": PROBABILITY,
     "data.seed": NATURAL,
     "data.prefetch": COUNT,
@@ -75,6 +87,7 @@ RANGES = {
     "optimizer.eps": POSITIVE,
     "optimizer.weight_decay": NON_NEGATIVE,
     "optimizer.clip": NON_NEGATIVE,
+    "optimizer.router_bias_rate": NON_NEGATIVE,
     "schedule.warmup": NATURAL,
     "schedule.decay": NATURAL,
     "schedule.min_lr_ratio": SHARE,
@@ -463,6 +476,8 @@ RULES = (
     ffn_divides_over_tensor,
     sequence_divides_over_tensor,
     context_divides,
+    experts_fit,
+    expert_mesh_fits,
     vocabulary_covers_tensor,
     stages_have_blocks,
     layers_per_stage_fit,

@@ -53,11 +53,11 @@ def sequence_ramp_doubles(config: Config) -> str | None:
             f"take {length} divided by 2, 4, 8, ..."
         )
     unit = 2 * parallel.context if parallel.context > 1 and parallel.context_method == "ring" else parallel.context
-    if parallel.sequence:
+    if parallel.sequence or config.model.experts:
         unit *= parallel.tensor
     if start % unit:
         return (
-            f"train.sequence_ramp starts at {start} tokens, which the context and sequence parallel ranks cannot cut: "
+            f"train.sequence_ramp starts at {start} tokens, which the context and tensor ranks cannot cut: "
             f"it must be a multiple of {unit}"
         )
     return None

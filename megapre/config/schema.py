@@ -52,6 +52,43 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 x layers)."""
 
+    experts: int = 0
+    """Experts of a mixture-of-experts block (arXiv 1701.06538); 0: every block has one MLP."""
+    experts_per_token: int = 2
+    """Experts that work on each token (top-k)."""
+    expert_hidden: int = 0
+    """Width of an expert, in features. 0 means ``ffn_hidden``."""
+    shared_experts: int = 0
+    """Experts of that width, held as one MLP, that work on every token (arXiv 2401.06066)."""
+    moe_every: int = 1
+    """Every n-th block has experts, starting with block ``moe_dense_first`` + n; the others have an MLP."""
+    moe_dense_first: int = 0
+    """First blocks that have an MLP, not experts."""
+    capacity_factor: float = 0.0
+    """Tokens that an expert takes from a sequence in training, over those of an even share. 0: all (dropless)."""
+    router_scores: str = "softmax"
+    """``softmax`` (Mixtral, Qwen-MoE) or ``sigmoid`` (DeepSeek-V3) of the router's logits."""
+    router_normalize: bool = True
+    """Divide the weights of a token's experts by their sum (Mixtral; with softmax: the softmax of the top k)."""
+    router_scale: float = 1.0
+    """Factor of the weights of a token's experts."""
+    router_bias: bool = False
+    """Balance by a bias on the scores that pick experts (arXiv 2408.15664), moved by ``optimizer.router_bias_rate``."""
+    router_aux_loss: float = 0.0
+    """Weight of the load-balance loss of each router (arXiv 2101.03961), taken over each sequence."""
+    router_z_loss: float = 0.0
+    """Weight of the mean squared logsumexp of each router's logits (arXiv 2202.08906)."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether block ``layer``, counted from 1, is a mixture of experts."""
+        place = layer - self.moe_dense_first
+        return self.experts > 0 and place > 0 and place % self.moe_every == 0
+
+    @property
+    def n_expert_hidden(self) -> int:
+        """Width of an expert with the default resolved."""
+        return self.expert_hidden or self.n_ffn
+
     @property
     def n_kv_heads(self) -> int:
         """Key/value heads with the default resolved."""
@@ -166,6 +203,8 @@ class OptimizerConfig:
     """Decoupled decay of matrices; norms and biases are not decayed."""
     clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    router_bias_rate: float = 1e-3
+    """Step of the bias of an expert with too many or too few tokens, where ``model.router_bias`` is set."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +337,8 @@ class KernelsConfig:
     """Weight gradients of linear layers; the products themselves are torch's."""
     dropout: str = "auto"
     """Counter-based dropout, alone or with a bias and a residual sum."""
+    moe: str = "auto"
+    """Top-k, permutation and grouped products of a mixture of experts."""
     optimizer: str = "auto"
     """AdamW over flat shards and the gradients' sum of squares."""
 

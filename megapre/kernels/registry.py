@@ -117,6 +117,11 @@ TABLE = (
     Version("bias_dropout_residual", "dropout", "triton", "triton.dropout:bias_dropout_residual_triton"),
     Version("weight_gradient_", "linear", "cpp", "weight_gradient:weight_gradient_cpp_"),
     Version("weight_gradient_", "linear", "reference", "weight_gradient:weight_gradient_reference_"),
+    Version("top_k", "moe", "reference", "moe:top_k_reference"),
+    Version("permute", "moe", "reference", "moe:permute_reference"),
+    Version("unpermute", "moe", "reference", "moe:unpermute_reference"),
+    Version("grouped_mm", "moe", "reference", "moe:grouped_mm_reference"),
+    Version("grouped_dw_", "moe", "reference", "moe:grouped_dw_reference_"),
     Version("adamw_", "optimizer", "cpp", "optimizer:adamw_cpp_", strided=False),
     Version("adamw_", "optimizer", "torch", "optimizer:adamw_torch_", strided=False),
     Version("adamw_", "optimizer", "reference", "optimizer:adamw_reference_"),
@@ -168,6 +173,11 @@ class Kernels:
     dropout: Callable[..., Any]
     bias_dropout_residual: Callable[..., Any]
     weight_gradient_: Callable[..., Any]
+    top_k: Callable[..., Any]
+    permute: Callable[..., Any]
+    unpermute: Callable[..., Any]
+    grouped_mm: Callable[..., Any]
+    grouped_dw_: Callable[..., Any]
     adamw_: Callable[..., Any]
     square_sum: Callable[..., Any]
     chosen: dict[str, str]

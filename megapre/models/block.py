@@ -43,7 +43,7 @@ class FeedForward(nn.Module):
         fused = activation == "gelu" and up.bias is not None
         self.activation, self.bias_gelu = getattr(kernels, activation), kernels.bias_gelu if fused else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, ctx: Context, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Apply to [seq or seq/t, batch, hidden]; the bias of the result is left to the residual sum."""
         h = self.activation(self.up(x)) if self.bias_gelu is None else self.bias_gelu(*self.up.product(x))
         return self.down.product(h)
@@ -113,7 +113,7 @@ class Block(nn.Module):
         layer: int,
         norms: list[Norm],
         attention: Attention,
-        mlp: FeedForward,
+        mlp: nn.Module,
         kernels: Kernels,
     ) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Block(nn.Module):
             x = self.attention_dropout.join(ctx, x, *attended)
         else:
             h, x = self.attention_dropout.join_and_norm(ctx, self.mlp_norm, x, *attended)
-        x = self.mlp_dropout.join(ctx, x, *self.mlp(h))
+        x = self.mlp_dropout.join(ctx, x, *self.mlp(ctx, h))
         if ctx.rms is not None:
             ctx.rms[self.layer] = x.detach().float().square().mean()
         return (x,)

@@ -13,10 +13,12 @@ from megapre.models import spec
 from megapre.models.attention import Attention
 from megapre.models.block import Block, EmbeddingLayer, FeedForward, Head, Norm
 from megapre.models.context import Context
+from megapre.models.moe import MoE, Router
 from megapre.parallel.buckets import Buffers
 from megapre.parallel.context import over_context, places
+from megapre.parallel.expert import Experts, GroupedLinear
 from megapre.parallel.grid import Grid
-from megapre.parallel.layout import Layout
+from megapre.parallel.layout import ExpertPlace, Layout
 from megapre.parallel.pipeline.executor import StageLayers
 from megapre.parallel.pipeline.schedules import stage_owners
 from megapre.parallel.tensor import Embedding, Linear
@@ -48,12 +50,18 @@ class Model(nn.Module):
             sequence_parallel=self.sequence,
             bucket_elements=parallel.bucket_elements,
             by_layer=parallel.zero >= 2,
+            expert=_expert_place(config.model, grid),
         )
         self.flat = Buffers(layout, grid, self.dtype, device, parallel.zero, parallel.offload)
         self.flat.queue.multiply = kernels.weight_gradient_
         builder = _Builder(self, kernels, parallel.recompute, parallel.recompute_layers)
         self.stages = {stage: builder.stage(numbers) for stage, numbers in mine.items()}
         self.layers = nn.ModuleList(layer for stage in self.stages.values() for layer in stage.layers)  # type: ignore[misc]
+
+    def numbered(self) -> list[tuple[int, nn.Module]]:
+        """Layers with their numbers in the model."""
+        numbers = [number for stage in self.stages.values() for number in stage.numbers]
+        return list(zip(numbers, self.layers))
 
     def initialise(self, seed: int) -> None:
         """Fill this rank's weights; the values do not depend on the layout."""
@@ -104,10 +112,17 @@ class Model(nn.Module):
         return [torch.empty(rows, microbatch, self.config.hidden, dtype=self.dtype, device=self.device)]
 
 
+def _expert_place(model: ModelConfig, grid: Grid) -> ExpertPlace:
+    own = model.experts // grid.expert.size
+    experts = range(grid.expert.rank * own, (grid.expert.rank + 1) * own)
+    return ExpertPlace(experts, grid.expert_tensor.rank, grid.expert_tensor.size, grid.expert_replicas.size)
+
+
 class _Builder:
     """Takes the parameters of one layer out of the buffers."""
 
     def __init__(self, model: Model, kernels: Kernels, recompute: str, recompute_layers: int) -> None:
+        self.grid, self.method, self.device = model.grid, model.context_method, model.device
         self.config, self.flat, self.kernels = model.config, model.flat, kernels
         self.axis, self.sequence = model.grid.tensor, model.sequence
         self.core = over_context(model.context_method, model.grid.context, kernels.attention)
@@ -139,10 +154,30 @@ class _Builder:
         output = self.linear("row", f"{name}.attention.output")
         rope = self.kernels.rope_qk
         attention = Attention(config, number, qkv, output, self.axis, rope, self.core, recompute_attention)
-        ups = ("gate", "up") if config.activation == "swiglu" else ("up",)
-        up = self.linear("column", *(f"{name}.mlp.{part}" for part in ups))
-        mlp = FeedForward(config.activation, up, self.linear("row", f"{name}.mlp.down"), self.kernels)
+        make = self.moe if config.has_experts(number) else self.mlp
+        mlp = make(config, number, f"{name}.mlp")
         return Block(config, number, norms, attention, mlp, self.kernels)
+
+    def mlp(self, config: ModelConfig, number: int, name: str) -> FeedForward:
+        up = self.linear("column", *(f"{name}.{part}" for part in spec.up_parts(config)))
+        return FeedForward(config.activation, up, self.linear("row", f"{name}.down"), self.kernels)
+
+    def moe(self, config: ModelConfig, number: int, name: str) -> MoE:
+        experts, grid = _expert_place(config, self.grid).experts, self.grid
+        up, down = (
+            self.flat.parameter(*(f"{name}.experts.{e}.{part}.weight" for e in experts for part in parts))
+            for parts in (spec.up_parts(config), ("down",))
+        )
+        bias = None
+        if config.router_bias:
+            bias = torch.zeros(config.experts, dtype=self.flat.wide, device=self.device)
+        weight = self.flat.parameter(f"{name}.router.weight")
+        router = Router(config, number, weight, bias, (grid.tensor, grid.context), self.method, self.kernels)
+        first, second = (GroupedLinear(matrix, len(experts), self.kernels) for matrix in (up, down))
+        activation, axes = getattr(self.kernels, config.activation), (grid.expert, grid.expert_tensor)
+        routed = Experts(first, second, activation, config.experts, axes, self.kernels)
+        shared = self.mlp(config, number, f"{name}.shared") if config.shared_experts else None
+        return MoE(router, routed, shared, grid.tensor, self.sequence)
 
     def embedding(self) -> Embedding:
         return Embedding(self.flat.parameter("embedding.tokens.weight"), self.axis, self.sequence)

@@ -22,6 +22,18 @@ class KVCache:
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Routed:
+    """What a router did with this rank's tokens of a microbatch, for balancing and for the log."""
+
+    load: Tensor
+    """fp64 [E]: choices of each expert, before any are dropped."""
+    balance: Tensor
+    """Load-balance loss, a sum over sequences."""
+    z: Tensor
+    """Router z-loss, a sum over sequences."""
+
+
 @dataclass
 class Context:
     """One microbatch on its way through the layers of a rank.
@@ -49,6 +61,10 @@ class Context:
     rope: tuple[Tensor, Tensor] | None = None
     """Cosines and sines of this microbatch's positions."""
     cache: KVCache | None = None
+    auxiliary: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Lets an auxiliary loss (second; a sum over sequences) into backward where an activation (first) passes."""
+    routed: dict[int, Routed] = field(default_factory=dict)
+    """Filled by every router, by layer, in training."""
     rms: dict[int, Tensor] | None = None
     """Filled with the mean square of each block's output, when asked for."""
 

@@ -83,8 +83,8 @@ def _block(model: ModelConfig, layer: int, tensor_ranks: int) -> list[TensorSpec
         specs += _norm(model, f"{name}.mlp_norm", layer)
     if model.bias:
         specs += [
-            TensorSpec(f"{name}.attention.output.bias", (hidden,), layers=owner, init="zeros"),
-            TensorSpec(f"{name}.mlp.down.bias", (hidden,), layers=owner, init="zeros"),
+            TensorSpec(f"{name}.{part}.bias", (hidden,), layers=owner, init="zeros")
+            for part in ("attention.output", "mlp.down")
         ]
 
     def matrices(parts: list[tuple[str, int, Shard]], width: int, std: float) -> list[TensorSpec]:
@@ -101,16 +101,43 @@ def _block(model: ModelConfig, layer: int, tensor_ranks: int) -> list[TensorSpec
         return _fuse(rows) + _fuse(biases)
 
     columns = [("attention.q", q_width, Shard(0)), ("attention.k", kv_width, kv), ("attention.v", kv_width, kv)]
-    ups = [("mlp.up", model.n_ffn, Shard(0))]
-    if model.activation == "swiglu":
-        ups.insert(0, ("mlp.gate", model.n_ffn, Shard(0)))
-    return [
-        *specs,
-        *matrices(columns, hidden, model.init_std),
-        *matrices(ups, hidden, model.init_std),
-        TensorSpec(f"{name}.attention.output.weight", (hidden, q_width), Shard(1), owner, std=out_std, decay=True),
-        TensorSpec(f"{name}.mlp.down.weight", (hidden, model.n_ffn), Shard(1), owner, std=out_std, decay=True),
-    ]
+    specs += matrices(columns, hidden, model.init_std)
+    specs.append(
+        TensorSpec(f"{name}.attention.output.weight", (hidden, q_width), Shard(1), owner, std=out_std, decay=True)
+    )
+    mlps = {"mlp": model.n_ffn}
+    if model.has_experts(layer):
+        specs += _experts(model, f"{name}.mlp", owner, out_std)
+        width = model.shared_experts * model.n_expert_hidden
+        mlps = {"mlp.shared": width} if width else {}
+    for mlp, width in mlps.items():
+        parts = [(f"{mlp}.{part}", width, Shard(0)) for part in up_parts(model)]
+        specs += matrices(parts, hidden, model.init_std)
+        specs.append(
+            TensorSpec(f"{name}.{mlp}.down.weight", (hidden, width), Shard(1), owner, std=out_std, decay=True)
+        )
+    return specs
+
+
+def up_parts(model: ModelConfig) -> tuple[str, ...]:
+    """What an MLP applies to its input, side by side in one matrix."""
+    return ("gate", "up") if model.activation == "swiglu" else ("up",)
+
+
+def _experts(model: ModelConfig, name: str, owner: tuple[int, ...], out_std: float) -> list[TensorSpec]:
+    """The router, then the experts' first matrices, expert by expert, then their second ones."""
+    hidden, width = model.hidden, model.n_expert_hidden
+    router = TensorSpec(
+        f"{name}.router.weight", (model.experts, hidden), layers=owner, std=model.init_std, decay=True, token_shard=True
+    )
+
+    def of(expert: int, part: str, shape: tuple[int, int], dim: int, std: float) -> TensorSpec:
+        path = f"{name}.experts.{expert}.{part}.weight"
+        return TensorSpec(path, shape, Shard(dim), owner, std=std, decay=True, expert=expert)
+
+    every = range(model.experts)
+    ups = [of(e, part, (width, hidden), 0, model.init_std) for e in every for part in up_parts(model)]
+    return [router, *_fuse(ups + [of(e, "down", (hidden, width), 1, out_std) for e in every])]
 
 
 def _fuse(specs: list[TensorSpec]) -> list[TensorSpec]:

@@ -81,12 +81,14 @@ class Axis:
             return Done()
         return _reduce_scatter(shard, tensor, group=self.group, async_op=True)
 
-    def all_to_all(self, output: Tensor, tensor: Tensor) -> Work:
-        """Send the j-th equal part of dimension 0 to rank j; receive likewise."""
+    def all_to_all(
+        self, output: Tensor, tensor: Tensor, received: list[int] | None = None, sent: list[int] | None = None
+    ) -> Work:
+        """Send the j-th part of dimension 0 to rank j; receive likewise. Parts are equal, or have the rows given."""
         if self.size == 1:
             output.copy_(tensor)
             return Done()
-        return dist.all_to_all_single(output, tensor, group=self.group, async_op=True)
+        return dist.all_to_all_single(output, tensor, received, sent, group=self.group, async_op=True)
 
     def send(self, tensor: Tensor, to: int) -> Work:
         """Send to rank ``to`` of the axis. Rendezvous: completes only when the peer has posted its receive."""

@@ -174,7 +174,8 @@ def _groups(specs: list[TensorSpec]) -> list[list[TensorSpec]]:
     groups: list[list[TensorSpec]] = []
     joined = False
     for spec in specs:
-        if joined:
+        # A rank's last expert is followed, in its list, by what comes after all experts.
+        if joined and spec.replicas == groups[-1][0].replicas:
             groups[-1].append(spec)
         else:
             groups.append([spec])

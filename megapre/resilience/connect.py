@@ -41,7 +41,8 @@ def build_grid(config: Config, device: torch.device, host: str = "gloo") -> Grid
     owners = stage_owners(config.parallel)
     tied = (owners[0], owners[-1]) if config.model.tied_embeddings else None
     copies = kv_copies(config.model, config.parallel.tensor)
-    return grids.build(config.parallel, device, kv_copies=copies, tied=tied, host=host)
+    experts = config.model.experts > 0
+    return grids.build(config.parallel, device, kv_copies=copies, tied=tied, experts=experts, host=host)
 
 
 def join(ranks: Ranks, device: torch.device, timeout: int) -> None:

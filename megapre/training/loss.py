@@ -2,10 +2,14 @@
 
 The loss of a step is the sum over its target tokens divided by their number over the whole global batch,
 whatever the microbatches and ranks. Every stage and microbatch gets the same scale, applied here and only here.
+Auxiliary losses are sums over sequences, divided by the number of sequences in the global batch.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from megapre.kernels.registry import Kernels
@@ -27,3 +31,28 @@ class Loss:
         """Scaled sum of the losses of the tokens whose normed features are ``x`` [seq or seq/t, batch, hidden]."""
         scale = context.weights.to(self.scale.dtype) * self.scale
         return head_loss(output, x, context.targets, scale, self.terms, self.kernels)
+
+
+class Auxiliary:
+    """Adds the gradient of an auxiliary loss to a backward pass that does not start from it.
+
+    ``scale`` is a 0-d tensor: loss scale / sequences of the global batch.
+    """
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+    def __call__(self, x: Tensor, loss: Tensor) -> Tensor:
+        """``x`` itself; when its backward comes, ``loss`` (a sum over sequences, 0-d) begins its own."""
+        return _Attach.apply(x, loss, self.scale)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        ctx.scale, ctx.dtype = scale, loss.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return dx, ctx.scale.to(ctx.dtype), None

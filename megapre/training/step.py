@@ -6,7 +6,7 @@ non-finite gradients are 0-d device tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,8 +24,10 @@ from megapre.optim.scaler import LossScale
 from megapre.parallel.pipeline.actions import Action
 from megapre.parallel.pipeline.executor import Executor
 from megapre.parallel.pipeline.schedules import plans
+from megapre.parallel.placement import Address
 from megapre.parallel.tensor import LossTerms
-from megapre.training.loss import Loss
+from megapre.training.loss import Auxiliary, Loss
+from megapre.training.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class StepResult:
     loss_scale: Tensor
     rms: Tensor | None
     """Root mean square of each block's output, when asked for."""
+    routing: dict[str, Tensor]
+    """Expert loads and auxiliary losses, by name; empty without experts."""
 
 
 class TrainStep:
@@ -56,6 +60,7 @@ class TrainStep:
         self.optimizer = AdamW(config.optimizer, model.flat, update)
         self.scaler = LossScale(config.precision, model.device)
         self.norm = GradientNorm(model.flat, kernels)
+        self.routing = Routing(config, model)
         self._plans: dict[tuple[int, bool], list[Action]] = {}
 
     def __call__(self, microbatches: Sequence[Microbatch], targets: int, step: int, lr: float) -> StepResult:
@@ -71,6 +76,7 @@ class TrainStep:
         contexts = self._contexts(microbatches, targets, step, self.config.monitor.activation_rms, training=True)
         losses = self.executor.run(self._plan(len(contexts), True), contexts, _shape(microbatches), self.flat)
         self.flat.gradients.finish()
+        self.routing.collect(contexts, self._sequences(microbatches))
         return self._mean_loss(losses) / self.scaler.value, self._rms(contexts)
 
     def apply_gradients(self, loss: Tensor, rms: Tensor | None, lr: float) -> StepResult:
@@ -83,7 +89,13 @@ class TrainStep:
         rate = torch.tensor(lr, dtype=norm.dtype).to(norm.device, non_blocking=True)
         self.optimizer.step(rate, divisor, skip)
         self.scaler.update(skip)
-        return StepResult(loss, norm, skip, scale, rms)
+        self.routing.update(skip)
+        return StepResult(loss, norm, skip, scale, rms, self.routing.metrics())
+
+    def pieces(self, *, share: bool) -> Iterator[tuple[Address, Tensor]]:
+        """All that a checkpoint holds, as addressed flat tensors; ``share`` as in the optimizer."""
+        yield from self.optimizer.pieces(share=share)
+        yield from self.routing.pieces(share=share)
 
     def evaluate(self, microbatches: Sequence[Microbatch], targets: int) -> Tensor:
         """Mean loss over held-out ``microbatches``, dropout off, on every rank."""
@@ -110,10 +122,15 @@ class TrainStep:
         loss = Loss(self.scaler.value / targets, terms, self.kernels)
         seed = train.seed
         contexts = [self.model.context(m, seed=seed, step=step, training=training) for m in microbatches]
+        auxiliary = Auxiliary(self.scaler.value / self._sequences(microbatches))
         for context in contexts:
-            context.loss = loss
+            context.loss, context.auxiliary = loss, auxiliary
             context.rms = {} if rms else None
         return contexts
+
+    def _sequences(self, microbatches: Sequence[Microbatch]) -> int:
+        """Sequences of the global batch; all data ranks have equally many."""
+        return sum(m.tokens.shape[1] for m in microbatches) * self.grid.data.size
 
     def _mean_loss(self, losses: list[Tensor]) -> Tensor:
         """Sum the last stage's losses over the data ranks and tell every rank."""

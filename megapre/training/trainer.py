@@ -139,7 +139,7 @@ class Trainer:
         """Write a checkpoint of the current step and drop old ones."""
         with self.throughput.pause():
             path = store.save(
-                self.root, self.done, self.step.optimizer.pieces(share=True), self.state(),
+                self.root, self.done, self.step.pieces(share=True), self.state(),
                 rank=self.grid.world.rank, world=self.grid.world.size, sync=self.host,
             )  # fmt: skip
             if self.grid.world.rank == 0:
@@ -185,6 +185,7 @@ class Trainer:
             "loss_scale": float(result.loss_scale),
             "skipped": float(result.skipped),
             **self.throughput.rates(),
+            **{name: float(value) for name, value in result.routing.items()},
             **_by_layer(result.rms),
         }
         self.monitor.log(index + 1, values)
@@ -198,7 +199,7 @@ def restore(path: Path, config: Config, step: TrainStep) -> dict[str, Any]:
     """Load a checkpoint of any layout into ``step``; returns its state."""
     state = store.read_state(path)
     refuse_changes(state["job"], asdict(config), path)
-    store.load(path, step.optimizer.pieces(share=False))
+    store.load(path, step.pieces(share=False))
     step.optimizer.copy_to_model()
     step.optimizer.steps.fill_(state["optimizer_steps"])
     if step.scaler.dynamic:

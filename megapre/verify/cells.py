@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import gcd
 
 import torch
 
@@ -30,6 +31,8 @@ class Cell:
     context: int = 1
     method: str = "ring"
     offload: str = "none"
+    expert: int = 1
+    expert_tensor: int = 1
 
     @property
     def world(self) -> int:
@@ -39,6 +42,8 @@ class Cell:
     def __str__(self) -> str:
         name = f"{self.tensor}x{self.pipeline}x{self.data}"
         name += f"+{self.method}:{self.context}" if self.context > 1 else ""
+        name += f"+ep:{self.expert}" if self.expert > 1 else ""
+        name += f"+etp:{self.expert_tensor}" if self.expert_tensor > 1 else ""
         name += ("+sp" if self.sequence else "") + (f"+zero{self.zero}" if self.zero else "")
         name += OFFLOADS[self.offload]
         return name + (f"+{self.schedule}" if self.schedule else "") + (f":{self.chunks}" if self.chunks > 1 else "")
@@ -47,7 +52,8 @@ class Cell:
         """``config`` on this layout; its ``layers_per_stage`` stays where it fits."""
         parallel = replace(
             config.parallel, tensor=self.tensor, pipeline=self.pipeline, data=self.data, sequence=self.sequence,
-            zero=self.zero, context=self.context, context_method=self.method, offload=self.offload,
+            zero=self.zero, context=self.context, context_method=self.method, offload=self.offload, expert=self.expert,
+            expert_tensor=self.expert_tensor,
         )  # fmt: skip
         if self.schedule:
             parallel = replace(parallel, schedule=self.schedule, chunks=self.chunks)
@@ -60,8 +66,8 @@ class Cell:
 def parse(text: str) -> Cell:
     """The cell that ``text`` names; ValueError when it names none.
 
-    ``TPxPPxDP``, then in any order ``+ring:CP`` or ``+ulysses:CP``, ``+sp``, ``+zero1`` to ``+zero3``, ``+offload``
-    (optimizer state) or ``+offload-parameters``, ``+SCHEDULE[:CHUNKS]``.
+    ``TPxPPxDP``, then in any order ``+ring:CP`` or ``+ulysses:CP``, ``+ep:EP``, ``+etp:ETP``, ``+sp``, ``+zero1`` to
+    ``+zero3``, ``+offload`` (optimizer state) or ``+offload-parameters``, ``+SCHEDULE[:CHUNKS]``.
     """
     sizes, *options = text.split("+")
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", sizes)
@@ -84,13 +90,19 @@ def parse(text: str) -> Cell:
             cell = replace(cell, offload=next(key for key, text in OFFLOADS.items() if text == f"+{option}"))
         elif name in ("ring", "ulysses"):
             cell = replace(cell, method=name, context=int(number or 1))
+        elif name == "ep":
+            cell = replace(cell, expert=int(number or 1))
+        elif name == "etp":
+            cell = replace(cell, expert_tensor=int(number or 1))
         else:  # config/check.py knows the schedules
             cell = replace(cell, schedule=name, chunks=int(number or 1))
     return cell
 
 
-def every(ranks: int, sizes: tuple[int, ...] = (1, 2, 4), data: tuple[int, ...] = (1, 2)) -> Iterator[Cell]:
-    """All distinct layouts over these sizes that fit ``ranks``."""
+def every(
+    ranks: int, sizes: tuple[int, ...] = (1, 2, 4), data: tuple[int, ...] = (1, 2), experts: int = 0
+) -> Iterator[Cell]:
+    """All distinct layouts over these sizes that fit ``ranks``; with ``experts``, also dealt out as far as they go."""
     for tensor in sizes:
         for pipeline in sizes:
             for replicas in data:
@@ -98,7 +110,9 @@ def every(ranks: int, sizes: tuple[int, ...] = (1, 2, 4), data: tuple[int, ...] 
                     continue
                 for sequence in (False, True) if tensor > 1 else (False,):
                     for zero in (0, 1) if replicas > 1 else (0,):
-                        yield Cell(tensor, pipeline, replicas, sequence, zero)
+                        cell = Cell(tensor, pipeline, replicas, sequence, zero)
+                        spread = gcd(experts, tensor * replicas)
+                        yield from [cell, replace(cell, expert=spread)] if spread > 1 and experts else [cell]
 
 
 def scaled_down(config: Config) -> tuple[Config, int]:
@@ -115,6 +129,12 @@ def scaled_down(config: Config) -> tuple[Config, int]:
     model = replace(
         m, layers=5, hidden=48, heads=4, kv_heads=grouped, ffn_hidden=100, vocab_size=67, sequence=16, init_std=0.15
     )
+    if m.experts:
+        model = replace(
+            model, experts=8, experts_per_token=min(3, m.experts_per_token), expert_hidden=36,
+            shared_experts=min(2, m.shared_experts), moe_every=min(2, m.moe_every),
+            moe_dense_first=min(1, m.moe_dense_first),
+        )  # fmt: skip
     train = replace(
         config.train, global_batch=8, microbatch=1, steps=10, device="cpu", threads=1, batch_ramp=[], sequence_ramp=[]
     )

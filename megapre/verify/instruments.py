@@ -64,10 +64,12 @@ class FifoAxis(Axis):
         source = tensor.clone()
         return self._post(lambda x: super(FifoAxis, self).reduce_scatter(x, source), shard)
 
-    def all_to_all(self, output: Tensor, tensor: Tensor) -> Work:
+    def all_to_all(
+        self, output: Tensor, tensor: Tensor, received: list[int] | None = None, sent: list[int] | None = None
+    ) -> Work:
         """As Axis."""
         source = tensor.clone()
-        return self._post(lambda x: super(FifoAxis, self).all_to_all(x, source), output)
+        return self._post(lambda x: super(FifoAxis, self).all_to_all(x, source, received, sent), output)
 
     def send(self, tensor: Tensor, to: int) -> Work:
         """As Axis; reads ``tensor`` when its turn comes, so it must live until then."""
@@ -148,10 +150,12 @@ class CountingAxis(Axis):
         self._count("reduce_scatter", tensor)
         return super().reduce_scatter(shard, tensor)
 
-    def all_to_all(self, output: Tensor, tensor: Tensor) -> Work:
+    def all_to_all(
+        self, output: Tensor, tensor: Tensor, received: list[int] | None = None, sent: list[int] | None = None
+    ) -> Work:
         """As Axis."""
         self._count("all_to_all", tensor)
-        return super().all_to_all(output, tensor)
+        return super().all_to_all(output, tensor, received, sent)
 
     def send(self, tensor: Tensor, to: int) -> Work:
         """As Axis."""
@@ -177,8 +181,9 @@ INSTRUMENTS: dict[str, Callable[[Axis, int], Axis]] = {
 
 
 def instrumented(grid: Grid, name: str, seed: int = 0) -> Grid:
-    """``grid`` with every axis replaced by the instrument called ``name``."""
-    return replace(grid, **{axis: INSTRUMENTS[name](getattr(grid, axis), seed) for axis in AXES})
+    """``grid`` with every axis replaced by the instrument called ``name``; two names of one axis share one."""
+    made = {id(getattr(grid, axis)): INSTRUMENTS[name](getattr(grid, axis), seed) for axis in reversed(AXES)}
+    return replace(grid, **{axis: made[id(getattr(grid, axis))] for axis in AXES})
 
 
 def counted(grid: Grid, counts: dict[str, int]) -> Grid:

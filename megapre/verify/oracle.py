@@ -6,8 +6,9 @@ the counter-based dropout mask. Everything a layout must not change is computed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from megapre.models.build import DTYPES
 from megapre.models.context import ATTENTION, EMBEDDING, MLP, WEIGHTS, site
 from megapre.optim.schedule import learning_rate
 from megapre.random.philox import keep_mask, normal
+from megapre.verify import oracle_moe
+from megapre.verify.oracle_moe import Ledger
 
 Weights = dict[str, Tensor]
 
@@ -36,6 +39,10 @@ class Truth:
     """Gradients of the first step, before clipping."""
     parameters: Weights
     """Weights after the last step."""
+    ledgers: list[Ledger]
+    """What the routers did in each step."""
+    biases: Weights
+    """Routers' biases after the last step."""
 
 
 def initial_weights(config: Config, vocab_size: int) -> Weights:
@@ -62,16 +69,19 @@ def train(config: Config, vocab_size: int, batches: Sequence[Sequence[Microbatch
         for decay, rate in ((True, o.weight_decay), (False, 0.0))
     ]
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
-    losses, norms = [], []
+    losses, norms, ledgers = [], [], []
+    biases = oracle_moe.initial_biases(config.model)
     first: Weights = {}
     for step, batch in enumerate(batches):
         count = sum(float(m.weights.sum()) for m in batch)
         total = torch.zeros((), dtype=torch.float64)
+        ledgers.append(Ledger(biases))
         for m in batch:
-            total = total + loss_sum(config, weights, m, step)
+            total = total + loss_sum(config, weights, m, step, ledgers[-1])
         loss = total / count
         optimizer.zero_grad()
-        loss.backward()
+        (loss + ledgers[-1].auxiliary / sum(m.tokens.shape[1] for m in batch)).backward()
+        oracle_moe.move_biases(ledgers[-1], o.router_bias_rate)
         norm = torch.stack([w.grad.norm() for w in weights.values() if w.grad is not None]).norm()
         if not first:
             first = {name: _gradient(w).clone() for name, w in weights.items()}
@@ -83,7 +93,7 @@ def train(config: Config, vocab_size: int, batches: Sequence[Sequence[Microbatch
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         optimizer.step()
-    return Truth(losses, norms, first, {name: w.detach() for name, w in weights.items()})
+    return Truth(losses, norms, first, {name: w.detach() for name, w in weights.items()}, ledgers, biases)
 
 
 def _gradient(weight: Tensor) -> Tensor:
@@ -91,16 +101,18 @@ def _gradient(weight: Tensor) -> Tensor:
     return weight.grad
 
 
-def loss_sum(config: Config, w: Weights, m: Microbatch, step: int) -> Tensor:
+def loss_sum(config: Config, w: Weights, m: Microbatch, step: int, ledger: Ledger | None = None) -> Tensor:
     """Sum over the microbatch's target tokens of their cross-entropy, label-smoothed, with the z-loss."""
-    scores = logits(config, w, m, _Dropper(config, m, step)).flatten(0, 1)
+    scores = logits(config, w, m, _Dropper(config, m, step), ledger).flatten(0, 1)
     smoothing = config.train.label_smoothing
     losses = F.cross_entropy(scores, m.targets.flatten(), reduction="none", label_smoothing=smoothing)
     losses = losses + config.train.z_loss * scores.logsumexp(-1).square()
     return (losses * m.weights.double().flatten()).sum()
 
 
-def logits(config: Config, w: Weights, m: Microbatch, drop: _Dropper | None = None) -> Tensor:
+def logits(
+    config: Config, w: Weights, m: Microbatch, drop: _Dropper | None = None, ledger: Ledger | None = None
+) -> Tensor:
     """Scores of every next token, [seq, batch, vocabulary]; without ``drop``, as the trained model gives them."""
     model = config.model
     if drop is None:
@@ -110,22 +122,30 @@ def logits(config: Config, w: Weights, m: Microbatch, drop: _Dropper | None = No
         x = x + w["embedding.positions.weight"][m.positions]
     x = drop(x, model.dropout, site(0, EMBEDDING))
     for index in range(model.layers):
-        x = _block(model, w, f"blocks.{index}", index + 1, x, m, drop)
+        mlp = partial(oracle_moe.apply, ledger=ledger) if model.has_experts(index + 1) else _mlp
+        x = _block(model, w, f"blocks.{index}", index + 1, x, m, drop, mlp)
     x = _norm(model, w, "head.norm", x)
     output = w["embedding.tokens.weight" if model.tied_embeddings else "head.output.weight"]
     return x @ output.T
 
 
 def _block(
-    model: ModelConfig, w: Weights, name: str, layer: int, x: Tensor, m: Microbatch, drop: _Dropper
+    model: ModelConfig,
+    w: Weights,
+    name: str,
+    layer: int,
+    x: Tensor,
+    m: Microbatch,
+    drop: _Dropper,
+    mlp: Callable[[ModelConfig, Weights, str, Tensor], Tensor],
 ) -> Tensor:
     h = _norm(model, w, f"{name}.attention_norm", x)
     attended = drop(_attention(model, w, f"{name}.attention", layer, h, m, drop), model.dropout, site(layer, ATTENTION))
     if model.parallel_block:
-        return x + attended + drop(_mlp(model, w, f"{name}.mlp", h), model.dropout, site(layer, MLP))
+        return x + attended + drop(mlp(model, w, f"{name}.mlp", h), model.dropout, site(layer, MLP))
     x = x + attended
     h = _norm(model, w, f"{name}.mlp_norm", x)
-    return x + drop(_mlp(model, w, f"{name}.mlp", h), model.dropout, site(layer, MLP))
+    return x + drop(mlp(model, w, f"{name}.mlp", h), model.dropout, site(layer, MLP))
 
 
 def _norm(model: ModelConfig, w: Weights, name: str, x: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from megapre.config.check import check
 from megapre.config.schema import Config, KernelsConfig
+from megapre.models.context import Context
+from megapre.models.moe import Router
 from megapre.optim.schedule import learning_rate
 from megapre.parallel.layout import Slot
 from megapre.resilience.connect import connected
@@ -41,6 +43,8 @@ EXACT = 1e-9
 """Largest relative error of arm A."""
 ALLOWED = 2.0
 """Largest error of arm B, in multiples of the unsharded run's."""
+CHOICE = 16.0
+"""Largest score, of at most 1, by which rounding may turn a router's choice, in units of roundoff."""
 RESOLUTION = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
 """Unit roundoff: an arm B error below it is that of storing the result, not of computing it."""
 
@@ -79,17 +83,30 @@ def write_truth(config: Config, vocab_size: int, path: Path) -> None:
     )
     tensors = {f"gradient/{name}": value.contiguous() for name, value in truth.gradients.items()}
     tensors |= {f"parameter/{name}": value.contiguous() for name, value in truth.parameters.items()}
-    save_file(tensors, path, metadata={"losses": json.dumps(truth.losses), "norms": json.dumps(truth.norms)})
+    tensors |= {f"bias/{name}": value for name, value in truth.biases.items()}
+    for step, ledger in enumerate(truth.ledgers):
+        tensors |= {f"choices/{step}/{name}": torch.cat(ids, 1) for name, ids in ledger.choices.items()}
+    meta = {"losses": truth.losses, "norms": truth.norms}
+    meta |= {"balance": [ledger.balance for ledger in truth.ledgers], "z": [ledger.z for ledger in truth.ledgers]}
+    save_file(tensors, path, metadata={name: json.dumps(values) for name, values in meta.items()})
 
 
-def run_cell(ranks: Ranks, config: Config, vocab_size: int, truth: str, instrument: str = "") -> Report | None:
-    """One rank's part of one cell, on axes as ``instrument`` makes them; rank 0 returns the report."""
+def run_cell(
+    ranks: Ranks, config: Config, vocab_size: int, truth: str, instrument: str = "", replay: bool = False
+) -> Report | None:
+    """One rank's part of one cell, on axes as ``instrument`` makes them; rank 0 returns the report.
+
+    With ``replay`` the routers' choices are the oracle's.
+    """
     with connected(config, ranks) as (grid, device), safe_open(truth, framework="pt") as known:
         grid = instrumented(grid, instrument, config.data.seed)
         engine = build(config, grid, device, vocab_size)
         meta = known.metadata()
         losses, norms = json.loads(meta["losses"]), json.loads(meta["norms"])
         sums = _Sums()
+        if replay:
+            for layer, router in engine.step.routing.routers.items():
+                router.choose = Replay(router, known, f"blocks.{layer - 1}.mlp", sums)  # type: ignore[method-assign]
         for step, batch in enumerate(batches(config, vocab_size, STEPS)):
             mine = share(batch, grid.data.rank, grid.data.size, config.train.microbatch)
             targets = int(sum(float(m.weights.sum()) for m in batch))
@@ -99,7 +116,15 @@ def run_cell(ranks: Ranks, config: Config, vocab_size: int, truth: str, instrume
             result = engine.step.apply_gradients(loss, rms, learning_rate(config, step))
             sums.add(f"loss/{step}", float(result.loss) - losses[step], losses[step])
             sums.add(f"grad_norm/{step}", float(result.grad_norm) - norms[step], norms[step])
+            for name, key in (("load_balance", "balance"), ("router_z", "z")):
+                if name in result.routing:
+                    true = json.loads(meta[key])[step] / config.train.global_batch
+                    sums.add(f"loss/{name}/{step}", float(result.routing[name]) - true, true)
         _compare_parameters(engine, known, config.optimizer.lr, sums)
+        for layer, router in engine.step.routing.routers.items():
+            if router.bias is not None:
+                true = known.get_tensor(f"bias/blocks.{layer - 1}.mlp")
+                sums.add(f"bias/{layer}", router.bias.double().cpu() - true, true, 1e-6)
         gathered = grid.host.gather_text(json.dumps(sums.values))
         digests = grid.host.gather_text(json.dumps(_digests(engine)))
         flights = grid.host.gather_text(str(engine.step.executor.peak_in_flight))
@@ -109,6 +134,30 @@ def run_cell(ranks: Ranks, config: Config, vocab_size: int, truth: str, instrume
     if ranks.rank:
         return None
     return Report(errors, engine.kernels.chosen, [int(f) for f in flights], sums_by_rank)
+
+
+class Replay:
+    """In a router's place: the oracle's choices, held against the router's own.
+
+    Rounding to the job's number format turns near ties, and a choice that differs changes gradients as a whole, by
+    luck more in one layout than in another; so arm B computes with the same choices everywhere. It is still seen when a
+    router chooses wrongly: ``choice`` is the largest score by which a choice of the oracle misses the engine's best k.
+    """
+
+    def __init__(self, router: Router, known: Any, name: str, sums: _Sums) -> None:
+        self.router, self.known, self.name, self.sums = router, known, name, sums
+
+    def __call__(self, ctx: Context, scores: Tensor) -> Tensor:
+        """As ``Router.choose``."""
+        given = self.known.get_tensor(f"choices/{ctx.step}/{self.name}")
+        given = given[:, ctx.samples.cpu() % given.shape[1]]
+        ids = given[self.router.rows(ctx, scores.shape[0]).cpu()].to(scores.device)
+        biased = scores if self.router.bias is None else scores + self.router.bias
+        least = torch.topk(biased, ids.shape[-1]).values[..., -1]
+        missed = float((least - biased.gather(-1, ids).amin(-1)).amax())
+        before = self.sums.values.get(f"choice/{self.name}", [0.0])[0] ** 0.5
+        self.sums.add(f"choice/{self.name}", max(missed, before), 1.0)
+        return ids
 
 
 class _Sums:
@@ -199,7 +248,7 @@ def _merge(ranks: list[dict[str, list[float]]]) -> dict[str, float]:
             total = totals.setdefault(name, [0.0, 0.0, 0.0])
             total[0], total[1], total[2] = total[0] + difference, total[1] + true, total[2] + floor
             worst[name] = max(worst.get(name, 0.0), difference / max(true, floor, 1e-300))
-    scalars = ("loss", "grad_norm")
+    scalars = ("loss", "grad_norm", "choice")
     return {
         name: (worst[name] if name.startswith(scalars) else a / max(b, c, 1e-300)) ** 0.5
         for name, (a, b, c) in totals.items()
@@ -227,14 +276,15 @@ class Prover:
     def numerics(self, cell: Cell, config: Config | None = None) -> tuple[Report, tuple[str, float, float]]:
         """Arm B of ``cell``: its report and its worst quantity with its limit; ``config`` as in `layout`."""
         if self._baseline is None:
-            self._baseline = self._run(self.config, Cell())
+            self._baseline = self._run(self.config, Cell(), replay=True)
         base = self._baseline.errors
-        report = self._run(config or self.config, cell)
+        report = self._run(config or self.config, cell, replay=True)
         return report, report.worst(lambda name: _limit(name, base, RESOLUTION[self.config.precision.dtype]))
 
-    def _run(self, config: Config, cell: Cell, instrument: str = "") -> Report:
+    def _run(self, config: Config, cell: Cell, instrument: str = "", replay: bool = False) -> Report:
         checked = check(cell.apply(config), cell.world)
-        return self.pool.run(cell.world, run_cell, checked, self.vocab_size, self._truth(config), instrument)[0]
+        args = (checked, self.vocab_size, self._truth(config), instrument, replay)
+        return self.pool.run(cell.world, run_cell, *args)[0]
 
     def _truth(self, config: Config) -> str:
         """The oracle's file for the job's number format, which decides how initial weights are rounded."""
@@ -255,6 +305,8 @@ def _limit(name: str, base: dict[str, float], resolution: float) -> float:
     """
     if name == "replicas" or name.startswith("padding"):
         return 0.5
+    if name.startswith("choice"):
+        return CHOICE * resolution
     kin = [error for key, error in base.items() if _kin(key) == _kin(name)]
     if name.startswith(("loss", "grad_norm")):
         kin.append(statistics.median(error for key, error in base.items() if key.startswith("gradient/")))
@@ -270,7 +322,7 @@ def main(config: Config, layouts: list[str], ranks: int) -> int:
     """Prove the job's model, scaled down, on ``layouts`` (or ``all`` that fit ``ranks``); 0 when all agree."""
     small, vocab_size = scaled_down(config)
     m = small.model
-    cells = list(every(ranks)) if layouts == ["all"] else [parse(text) for text in layouts]
+    cells = list(every(ranks, experts=m.experts)) if layouts == ["all"] else [parse(text) for text in layouts]
     console = Console()
     table = Table("layout", "arm", "worst quantity", "error", "limit", "verdict")
     table.columns[2].overflow = "fold"

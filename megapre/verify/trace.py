@@ -208,6 +208,8 @@ def _microbatches(config: Config) -> list[Microbatch]:
 
 def main(config: Config, rank: int, as_json: bool) -> int:
     """``megapre trace``: print one rank's memory by kind and bytes by axis."""
+    if config.model.experts:
+        raise ConfigError("trace has no values, so it cannot route tokens: set model.experts to 0")
     if not config.model.vocab_size:
         raise ConfigError("model.vocab_size is 0, to be taken from the data, which trace does not read: set it")
     found = trace(config, config.model.vocab_size, rank)

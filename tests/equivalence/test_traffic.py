@@ -37,9 +37,11 @@ def traffic(ranks: Ranks, config: Config) -> tuple[dict[str, int], int, int]:
         return counts, engine.model.flat.layout.total, blocks
 
 
-def measure(pool: RankPool, layout: str) -> tuple[Config, Cell, list[tuple[dict[str, int], int, int]]]:
+def measure(
+    pool: RankPool, layout: str, job: Config = JOB
+) -> tuple[Config, Cell, list[tuple[dict[str, int], int, int]]]:
     cell = parse(layout)
-    config, _ = scaled_down(JOB)
+    config, _ = scaled_down(job)
     config = check(cell.apply(replace(config, train=replace(config.train, microbatch=2))), cell.world)
     return config, cell, pool.run(cell.world, traffic, config)
 
@@ -139,6 +141,41 @@ def test_partial_gradients_cross_the_tensor_axis_once_a_step(pool: RankPool) -> 
     assert sent[0] == sent[1] and sent[2] == sent[3]  # tensor ranks of one replica hold the same shard
     padded = (2 * config.model.layers + 1) * -(-config.model.hidden // 64) * 64
     assert 4 * norms <= sent[0] + sent[2] <= 4 * padded
+
+
+MOE = replace(JOB, model=replace(JOB.model, experts=8, experts_per_token=2, router_aux_loss=0.01))
+
+
+@pytest.mark.parametrize("layout", ["1x1x4+ep:2", "2x1x1+ep:2", "2x1x1+ep:2+sp", "2x1x2+ep:2+etp:2+sp"])
+def test_experts(layout: str, pool: RankPool) -> None:
+    """A choice of a token crosses the expert axis four times: there and back, forward and backward.
+
+    Tensor ranks share out their tokens, so nothing travels twice; without sequence parallelism that costs an all-gather
+    each way. Neighbours that share an expert gather tokens and sum results, as a dense MLP does.
+    """
+    config, cell, found = measure(pool, layout, MOE)
+    model, microbatches = config.model, config.train.global_batch // (config.train.microbatch * cell.data)
+    times = microbatches * model.layers
+    size, etp = activation(config) // cell.tensor, cell.expert_tensor  # of the tokens that a rank routes
+    choices = size // (model.hidden * 4) * model.experts_per_token
+    rows = sum(counts["expert/all_to_all"] for counts, _, _ in found)
+    lengths = cell.world * model.experts * 8
+    assert rows == times * (4 * size * model.experts_per_token * etp * cell.world + lengths)
+    per_expert = 3 * model.hidden * model.expert_hidden // etp
+    held = model.layers * model.experts // cell.expert * per_expert
+    for counts, _, _ in found:
+        sums = Counter(counts)
+        if cell.data * cell.tensor > cell.expert * etp:  # padding of buckets apart
+            assert held * 4 <= sums["expert_replicas/all_reduce"] < held * 4 * 1.05
+        if etp > 1:
+            gathered = size * etp + choices * etp * 4
+            assert sums["expert_tensor/all_gather"] == times * (gathered + size * etp + choices * etp * 8)
+            assert sums["expert_tensor/reduce_scatter"] == times * (gathered + size * etp)
+        if cell.tensor > 1:
+            # With sequence parallelism attention, head and embedding gather as above, and experts not at all.
+            gathers = 3 * model.layers + 3 if cell.sequence else 2 * model.layers
+            whole = microbatches * gathers * activation(config)
+            assert sums["tensor/all_gather"] == whole + times * choices * cell.tensor * 8  # and the choices, for losses
 
 
 def test_ring(pool: RankPool) -> None:

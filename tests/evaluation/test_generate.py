@@ -30,7 +30,10 @@ def made(model: ModelConfig) -> tuple[Config, Engine]:
     return config, build(config, single(), torch.device("cpu"), vocab_size)
 
 
-@pytest.mark.parametrize("model", [ModelConfig(), LLAMA], ids=["gpt2", "llama"])
+MOE = replace(LLAMA, experts=8, experts_per_token=2, capacity_factor=1.0, shared_experts=1, router_bias=True)
+
+
+@pytest.mark.parametrize("model", [ModelConfig(), LLAMA, MOE], ids=["gpt2", "llama", "moe"])
 def test_the_cache_changes_nothing(model: ModelConfig) -> None:
     _, engine = made(model)
     ids = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]

@@ -44,6 +44,24 @@ def test_against_a_count_of_every_multiplication() -> None:
         assert flops_per_token(model, vocab) * s == pytest.approx(3 * (linear + attention)), seed
 
 
+def test_only_experts_that_work_on_a_token_count() -> None:
+    """Mixtral 8x7B: 12.9 billion of 46.7 billion parameters are active."""
+    mixtral = ModelConfig(
+        layers=32, hidden=4096, heads=32, kv_heads=8, ffn_hidden=14336, activation="swiglu", experts=8,
+        experts_per_token=2, sequence=1,
+    )  # fmt: skip
+    attention_scores = 12.0 * 32 * 4096 * 0.5
+    weights = (flops_per_token(mixtral, 32000) - attention_scores) / 6
+    assert weights / 1e9 == pytest.approx(12.88 - 0.131, abs=0.01)  # the embedding is a look-up
+    sparse = replace(mixtral, moe_every=2, moe_dense_first=4)
+    dense, all_sparse = flops_per_token(replace(mixtral, experts=0), 32000), flops_per_token(mixtral, 32000)
+    share = sum(sparse.has_experts(layer) for layer in range(1, 33)) / 32
+    assert share == 14 / 32
+    assert flops_per_token(sparse, 32000) == pytest.approx(share * all_sparse + (1 - share) * dense)
+    shared = flops_per_token(replace(mixtral, shared_experts=1), 32000) - all_sparse
+    assert shared == 6 * 32 * 3 * 4096 * 14336
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "peak"),
     [
