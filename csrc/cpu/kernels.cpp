@@ -373,10 +373,14 @@ static void accumulate_turned(float* to, const void* x_, int64_t rows, int64_t w
       const int64_t columns = width - column < TILE ? width - column : TILE;
       for (int64_t j = 0; j < columns; j++)
         sweep(here, [&](int64_t i, int64_t n) INLINED { write(tile[j] + i, read(x + (column + j) * rows + row + i, n), n); });
-      for (int64_t i = 0; i < here; i++) {
-        float* line = to + (row + i) * width + column;
-        for (int64_t j = 0; j < columns; j++) line[j] += tile[j][i];
+      float* corner = to + row * width + column;
+      const int64_t whole = here & ~3, across = columns & ~3;
+      for (int64_t i = 0; i < whole; i += 4) {
+        for (int64_t k = 0; k < 4; k++) __builtin_prefetch(corner + (i + k) * width + TILE, 1);
+        for (int64_t j = 0; j < across; j += 4) add_turned(corner + i * width + j, width, &tile[j][i], TILE);
       }
+      for (int64_t i = 0; i < here; i++)
+        for (int64_t j = i < whole ? across : 0; j < columns; j++) corner[i * width + j] += tile[j][i];
     }
   }
 }

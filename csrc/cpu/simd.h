@@ -118,6 +118,30 @@ INLINE void store_part(T* p, Floats v, int64_t n) {
   memcpy(p, buffer, n * sizeof(T));
 }
 
+typedef float Four __attribute__((vector_size(16)));
+
+// to[i][0..4) += from[0..4)[i] for four rows of each, `apart` and `stride` floats from the next.
+INLINE void add_turned(float* to, int64_t apart, const float* from, int64_t stride) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  Four a, b, c, d, row;
+  memcpy(&a, from, 16), memcpy(&b, from + stride, 16);
+  memcpy(&c, from + 2 * stride, 16), memcpy(&d, from + 3 * stride, 16);
+  const Four low = __builtin_shufflevector(a, b, 0, 4, 1, 5), high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Four under = __builtin_shufflevector(c, d, 0, 4, 1, 5), over = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const Four turned[4] = {
+      __builtin_shufflevector(low, under, 0, 1, 4, 5), __builtin_shufflevector(low, under, 2, 3, 6, 7),
+      __builtin_shufflevector(high, over, 0, 1, 4, 5), __builtin_shufflevector(high, over, 2, 3, 6, 7)};
+  for (int64_t i = 0; i < 4; i++) {
+    memcpy(&row, to + i * apart, 16);
+    row += turned[i];
+    memcpy(to + i * apart, &row, 16);
+  }
+#else
+  for (int64_t i = 0; i < 4; i++)
+    for (int64_t j = 0; j < 4; j++) to[i * apart + j] += from[j * stride + i];
+#endif
+}
+
 // f(vector index base, load, store) over n elements: whole vectors, then one partial vector.
 template <class F>
 INLINE void sweep(int64_t n, F f) {
