@@ -139,8 +139,8 @@ class WholeWeights:
 class ShardedWeights:
     """Every replica holds its shard; a bucket is whole only around its use (ZeRO-3).
 
-    While a layer computes, the buckets of the next one in the plan are gathered: two layers are whole at most. What two
-    visits in a row use is kept between them.
+    While a layer computes, the buckets of the next visit are gathered: two layers are whole at most. What one of the
+    next two visits uses is kept, since the second is gathered as soon as the first begins.
     """
 
     def __init__(self, partition: Partition, dtype: torch.dtype, device: torch.device, home: Home) -> None:
@@ -172,9 +172,9 @@ class ShardedWeights:
                 self._gathering.pop(index).wait()
 
     def leave(self, layer: int) -> None:
-        """Free what the next visit does not use."""
+        """Free what the next two visits do not use."""
         self._at += 1
-        kept = {index for after in self._visits[self._at : self._at + 1] for index in self._partition.used[after]}
+        kept = {index for after in self._visits[self._at : self._at + 2] for index in self._partition.used[after]}
         for index in self._partition.used[layer]:
             if index not in kept:
                 self.rooms[index].free()

@@ -114,7 +114,8 @@ def test_sharded_gradients_and_weights(layout: str, pool: RankPool) -> None:
     """ZeRO-2 and 3 reduce-scatter once per microbatch; ZeRO-3 gathers for every forward and every backward.
 
     1F1B on rank r of P with M microbatches is w = min(M, P - 1 - r) forwards, M - w pairs, w backwards. Where forward
-    turns to backward the stage's last layer is still there, and where backward turns to forward its first.
+    turns to backward the stage's last block is still there, and where backward turns to forward its first layer. The
+    head's forward is part of its backward.
     """
     cell = parse(layout)
     config, _ = scaled_down(JOB)
@@ -127,7 +128,9 @@ def test_sharded_gradients_and_weights(layout: str, pool: RankPool) -> None:
             assert counts["data/all_gather"] == 4 * total
             continue
         turns = microbatches - min(microbatches, cell.pipeline - 1 - rank // cell.data)
-        kept = turns * sizes[max(sizes)] + (turns - 1) * sizes[min(sizes)]
+        last = max(layer for layer in sizes if layer <= config.model.layers)
+        kept = turns * sizes[last] + (turns - 1) * sizes[min(sizes)]
+        kept += microbatches * sizes.get(config.model.layers + 1, 0)
         assert counts["data/all_gather"] == 4 * (2 * microbatches * total - kept)
 
 
