@@ -18,6 +18,9 @@ from megapre.parallel.comm import Axis, Together, Work
 class Home:
     """Shards live on the model's device, and there they are used."""
 
+    away = False
+    """Whether they take no memory of the device."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
@@ -54,6 +57,8 @@ class Host(Home):
 
     Copies run on a stream of their own, two staging buffers deep, beside the update of the bucket before.
     """
+
+    away = True
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(torch.device("cpu"))

@@ -100,17 +100,24 @@ def parse(text: str) -> Cell:
 
 
 def every(
-    ranks: int, sizes: tuple[int, ...] = (1, 2, 4), data: tuple[int, ...] = (1, 2), experts: int = 0
+    ranks: int,
+    sizes: tuple[int, ...] = (1, 2, 4),
+    data: tuple[int, ...] = (1, 2),
+    zero: tuple[int, ...] = (0, 1),
+    experts: int = 0,
 ) -> Iterator[Cell]:
-    """All distinct layouts over these sizes that fit ``ranks``; with ``experts``, also dealt out as far as they go."""
+    """All distinct layouts over these sizes and, where there are replicas, ZeRO stages that fit ``ranks``.
+
+    With ``experts``, also with the experts dealt out as far as they go.
+    """
     for tensor in sizes:
         for pipeline in sizes:
             for replicas in data:
                 if tensor * pipeline * replicas > ranks:
                     continue
                 for sequence in (False, True) if tensor > 1 else (False,):
-                    for zero in (0, 1) if replicas > 1 else (0,):
-                        cell = Cell(tensor, pipeline, replicas, sequence, zero)
+                    for stage in zero if replicas > 1 else (0,):
+                        cell = Cell(tensor, pipeline, replicas, sequence, stage)
                         spread = gcd(experts, tensor * replicas)
                         yield from [cell, replace(cell, expert=spread)] if spread > 1 and experts else [cell]
 

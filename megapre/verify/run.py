@@ -322,7 +322,8 @@ def main(config: Config, layouts: list[str], ranks: int) -> int:
     """Prove the job's model, scaled down, on ``layouts`` (or ``all`` that fit ``ranks``); 0 when all agree."""
     small, vocab_size = scaled_down(config)
     m = small.model
-    cells = list(every(ranks, experts=m.experts)) if layouts == ["all"] else [parse(text) for text in layouts]
+    wanted_all = layouts == ["all"]
+    cells = list(every(ranks, zero=(0, 1, 2, 3), experts=m.experts)) if wanted_all else [parse(text) for text in layouts]
     console = Console()
     table = Table("layout", "arm", "worst quantity", "error", "limit", "verdict")
     table.columns[2].overflow = "fold"

@@ -39,9 +39,9 @@ from megapre.resilience.connect import build_grid
 from megapre.training.engine import Engine, build
 from megapre.verify.instruments import counted
 
-KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "update")
+KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "update", "host")
 """What memory is for. ``activations`` holds all that forward and backward make, messages included, but logits and
-their gradient; ``update`` what clipping and the optimizer make."""
+their gradient; ``update`` what clipping and the optimizer make; ``host`` what ``parallel.offload`` keeps elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,9 @@ class Ledger(TorchDispatchMode):
         for kind, home in (("weights", flat.weights), ("gradients", flat.gradients)):
             for tensor in (*home.shards, *(room.tensor for room in home.rooms)):
                 self.see(tensor, kind)
+        away = [t for held in engine.step.optimizer.state.values() for t in held] if flat.home.away else []
+        for tensor in away + (flat.weights.shards if flat.weights.home.away else []):
+            self.see(tensor, "host")
 
     def _kind(self, tensor: Tensor) -> str:
         inside = self.phase == "activations" and tensor.dim() > 0
@@ -229,7 +232,8 @@ def _print(found: Trace, console: Console) -> None:
         table.add_column(column, justify="left" if column == "kind" else "right")
     for kind in KINDS:
         table.add_row(kind, f"{found.static[kind] / 2**30:.3f}", f"{found.peak[kind] / 2**30:.3f}")
-    table.add_row("sum", f"{sum(found.static.values()) / 2**30:.3f}", f"{sum(found.peak.values()) / 2**30:.3f}")
+    sums = [sum(size for kind, size in held.items() if kind != "host") for held in (found.static, found.peak)]
+    table.add_row("sum on the device", *(f"{size / 2**30:.3f}" for size in sums))
     console.print(table)
     table = Table(title="bytes a step by axis and operation, GiB (of the whole tensor, as this rank hands it in)")
     table.add_column("axis / operation")

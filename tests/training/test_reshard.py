@@ -56,7 +56,7 @@ def places(config: Config) -> list[Grid]:
     return grids
 
 
-@pytest.mark.parametrize("source", [Cell(), *random.Random(SEED).sample(WIDE, 3), ZERO[2], ZERO[3]], ids=str)
+@pytest.mark.parametrize("source", [Cell(), *random.Random(SEED).sample(WIDE, 3), ZERO[3]], ids=str)
 def test_loads_into_every_layout(source: Cell, pool: RankPool, tmp_path: Path) -> None:
     prefix = corpus(tmp_path / "text")
     config = job(prefix, tmp_path / "run", source, steps=2, interval=2)
