@@ -1,4 +1,4 @@
-"""From the spec to this rank's layers: views of the flat buffers, wired into modules."""
+"""From the spec to this rank's layers: views of the buckets, wired into modules."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 
 class Model(nn.Module):
-    """The stages that this rank holds, over its flat buffers. ``layers`` are all their layers in order."""
+    """The stages that this rank holds, over its buckets. ``layers`` are all their layers in order."""
 
     def __init__(self, config: Config, grid: Grid, kernels: Kernels, vocab_size: int, device: torch.device) -> None:
         super().__init__()

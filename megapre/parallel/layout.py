@@ -1,4 +1,4 @@
-"""Layout: parameter -> slot in one flat buffer, cut into buckets, cut into shards. Torch-free arithmetic.
+"""Layout: parameter -> slot of one flat range, cut into buckets, cut into shards. Torch-free arithmetic.
 
 The reduction of gradients, ZeRO, the clipper, the optimizer and the checkpoint all read this one map.
 Slots follow the order in which a backward pass finishes them (last layer first), so that a bucket fills, and
@@ -19,7 +19,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Slot:
-    """One local tensor inside the flat buffer."""
+    """One local tensor inside the flat range."""
 
     spec: TensorSpec
     layer: int
@@ -50,7 +50,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A contiguous range of the flat buffer that is reduced at once."""
+    """A contiguous stretch of the flat range: one piece of memory, reduced at once."""
 
     start: int
     end: int
@@ -99,7 +99,7 @@ class Layout:
 
     @property
     def total(self) -> int:
-        """Elements of the flat buffer, padding included."""
+        """Elements of the flat range, padding included."""
         return self.buckets[-1].end
 
     @staticmethod

@@ -124,7 +124,7 @@ ZERO = [
         ("gpt", "1x1x4+zero2", ""), ("gpt", "1x1x4+zero3", "fifo"), ("bert", "1x2x2+zero3+offload", "delay"),
         ("llama", "4x1x2+sp+zero2", "fifo"),
         ("palm", "4x1x2+zero3", "fifo"), ("llama", "2x1x2+ring:2+sp+zero3", "delay"),
-        ("llama", "2x1x2+ulysses:2+sp+zero2", "fifo"), ("gpt", "1x2x2+ulysses:2+zero3+zb-h1", "fifo"),
+        ("gpt", "2x1x2+ulysses:2+sp+zero2", "fifo"), ("gpt", "1x2x2+ulysses:2+zero3+zb-h1", "fifo"),
         ("llama", "1x2x2+ring:2+zero2+interleaved:2", "delay"), ("bert", "2x2x2+sp+zero2", "delay"),
         ("palm", "2x2x2+sp+zero3+offload-parameters", "fifo"), ("gpt", "2x2x2+sp+zero3+zb-v:2", "delay"),
         ("gpt", "2x2x2+sp+zero2+zb-h1+offload", "fifo"), ("gpt", "1x4x2+zero3", "fifo"),

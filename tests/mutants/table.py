@@ -198,6 +198,14 @@ MUTANTS = (
         "Megatron-LM #663: forward reads stale parameters under an overlapped gather",
     ),
     Mutant(
+        "zero1-checkpoint-does-not-wait-for-the-weights",
+        "megapre/optim/adamw.py",
+        "        self.buffers.weights.settle()\n",
+        "",
+        "tests/parallel/test_zero.py::test_checkpoints_and_validation_wait_for_the_gathers",
+        "a checkpoint of weights that are still arriving",
+    ),
+    Mutant(
         "zero3-layer-does-not-wait-for-its-weights",
         "megapre/parallel/zero.py",
         "self._gathering.pop(index).wait()",

@@ -25,6 +25,7 @@ from megapre.resilience.ranks import Ranks
 from megapre.training.engine import Engine, build
 from megapre.verify import oracle
 from megapre.verify.cells import batches, parse, scaled_down, share
+from megapre.verify.instruments import instrumented
 from megapre.verify.pool import RankPool
 from megapre.verify.trace import fake_grid
 
@@ -174,6 +175,23 @@ def test_zero1_gathers_travel_during_the_next_forward(pool: RankPool) -> None:
         tied = layer == config.model.layers + 1  # the head's weight came with the embedding
         assert sorted(expected) == sorted(f"wait {line}" for line in gathers(sizes[layer]))[: -1 if tied else None]
         seen = end
+
+
+def saved_at_once(ranks: Ranks, config: Config, vocab_size: int) -> bool:
+    """Whether what a checkpoint would hold right after a step, and a validation loss, are all numbers."""
+    with connected(config, ranks) as (grid, device):
+        engine = build(config, instrumented(grid, "delay", 3), device, vocab_size)
+        step(engine, config, vocab_size, grid.data.rank)
+        held = all(bool(piece.isfinite().all()) for _, piece in engine.step.optimizer.pieces(share=True))
+        step(engine, config, vocab_size, grid.data.rank)
+        batch = share(batches(config, vocab_size, 1)[0], grid.data.rank, 2, 1)
+        return held and bool(engine.step.evaluate(batch, 50).isfinite())
+
+
+def test_checkpoints_and_validation_wait_for_the_gathers(pool: RankPool) -> None:
+    """A gather under way shows NaN: an fp32 model's weights are its master weights, which a checkpoint reads."""
+    config, vocab_size = small("1x1x2+zero1")
+    assert pool.run(2, saved_at_once, config, vocab_size) == [True, True]
 
 
 def test_zero3_gathers_one_layer_ahead_and_in_reverse(pool: RankPool) -> None:
