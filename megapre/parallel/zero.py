@@ -89,6 +89,8 @@ class WholeWeights:
     def __init__(self, partition: Partition, dtype: torch.dtype, home: Home) -> None:
         self._partition, self.home = partition, home
         self.rooms = [Room(bucket.size, dtype, home.device) for bucket in partition.layout.buckets]
+        for room in self.rooms:
+            room.tensor.zero_()
         self.shards = [
             room.tensor[partition.shard(bucket)] for room, bucket in zip(self.rooms, partition.layout.buckets)
         ]
