@@ -56,8 +56,15 @@ class Elements:
 
     dense: float
     experts: float
-    pair: float
-    """Elements of the two neighbouring layers that are largest together: what ZeRO-2 and 3 hold whole at a time."""
+    block: float
+    """Of the largest block, experts included. ZeRO-2 and 3 hold two neighbouring layers whole at a time."""
+    head: float
+    """Of the output layer's table; 0 where the rank has none."""
+
+    @property
+    def pair(self) -> float:
+        """Of the two neighbouring layers that are largest together."""
+        return self.block + max(self.block, self.head)
 
 
 def block_elements(shape: Shape, tensor: int, moe: bool) -> tuple[float, float]:
@@ -103,7 +110,7 @@ def elements(job: Job, rank: int) -> Elements:
         if stage == len(counts) - 1:
             has_head = True
             dense += norm + (0 if shape.tied and has_table else table)
-    return Elements(dense, experts, largest + (max(largest, table) if has_head else largest))
+    return Elements(dense, experts, largest, float(table) if has_head else 0.0)
 
 
 def memory(job: Job, rank: int = 0) -> Memory:
@@ -122,8 +129,8 @@ def memory(job: Job, rank: int = 0) -> Memory:
         optimizer = 0.0
     if layout.offload == "parameters":
         weights = 0.0
-    activations, logits = _peak(job, rank, held)
-    buffers = _buffers(job, held)
+    activations, logits, rooms = _peak(job, rank, held)
+    buffers = _buffers(job, held) + rooms
     lost = 0.0
     if job.device.kind == "gpu":
         lost = CONTEXT + FRAGMENTS * (activations + logits + buffers) + stack.extra_memory
@@ -149,8 +156,8 @@ def rank_actions(schedule: str, ranks: int, chunks: int, microbatches: int, rank
     return tuple(SCHEDULES[schedule].generate(ranks, chunks, count)[rank])
 
 
-def _peak(job: Job, rank: int, held: Elements) -> tuple[float, float]:
-    """(activations, logits) at the moment when their sum is largest."""
+def _peak(job: Job, rank: int, held: Elements) -> tuple[float, float, float]:
+    """(activations, logits, whole gradients of ZeRO-2 and 3) at the moment when their sum is largest."""
     shape, layout = job.shape, job.layout
     counts = stage_layers(shape, layout)
     first_moe = shape.layers - shape.moe_layers
@@ -166,24 +173,27 @@ def _peak(job: Job, rank: int, held: Elements) -> tuple[float, float]:
     again = max(whole for _, whole in blocks.values()) - (0 if layout.recompute != "full" else _input_bytes(job))
     working = again if layout.recompute == "full" else 0.0
     working += _transient(job)
-    live = peak = peak_logits = 0.0
+    whole = job.stack.gradient_bytes if layout.zero >= 2 else 0.0
+    live = 0.0
+    peak = (0.0, 0.0, 0.0)
     split = layout.schedule in SPLIT
     products = [count * product_bytes(job) for count in counts] if split else [0.0] * len(counts)
     for action in rank_actions(layout.schedule, layout.pipeline, layout.chunks, layout.microbatches, rank):
         at_head = action.stage == last and action.kind == BACKWARD
         if action.kind == FORWARD:
             live += keeps[action.stage]
-        extra = working if action.kind == BACKWARD else 0.0
-        own = head_kept + logits + head_extra if at_head else 0.0
-        grown = max(0.0, products[action.stage] - keeps[action.stage]) if action.kind == BACKWARD else 0.0
-        now = live + max(extra + grown, own)
-        if now > peak:
-            peak, peak_logits = now, (logits if at_head and own >= extra else 0.0)
+        if action.kind == FORWARD:
+            peak = max(peak, (live, 0.0, 0.0), key=sum)
+        elif action.kind == BACKWARD:
+            grown = max(0.0, products[action.stage] - keeps[action.stage])
+            peak = max(peak, (live + working + grown, 0.0, whole * held.pair), key=sum)
+        if at_head:
+            peak = max(peak, (live + head_kept + head_extra, logits, whole * held.head), key=sum)
         if action.kind == BACKWARD:
             live += products[action.stage] - keeps[action.stage]
         elif action.kind == WEIGHT:
             live -= products[action.stage]
-    return peak - peak_logits, peak_logits
+    return peak
 
 
 def product_bytes(job: Job) -> float:
@@ -223,7 +233,7 @@ def _transient(job: Job) -> float:
 
 
 def _buffers(job: Job, held: Elements) -> float:
-    """Inputs of the step's microbatches, rotation tables, whole layers of ZeRO-2 and 3."""
+    """Inputs of the step's microbatches, rotation tables, whole weights of ZeRO-3."""
     shape, layout, stack = job.shape, job.layout, job.stack
     tokens = local_tokens(job)
     size = 0.0
@@ -232,6 +242,4 @@ def _buffers(job: Job, held: Elements) -> float:
         size += each * layout.microbatches
     if layout.zero == 3:
         size += stack.width * held.pair
-    if layout.zero >= 2:
-        size += stack.gradient_bytes * held.pair
     return size
