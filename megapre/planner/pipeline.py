@@ -66,7 +66,7 @@ def zero_bubble_h2(ranks: int, microbatches: int) -> list[list[Compute]]:
         written = 0
         for m in range(microbatches):
             actions.append(Compute("B", rank, m))
-            if m >= rank:
+            if m >= 2 * rank:
                 actions.append(Compute("W", rank, written))
                 written += 1
             if m + warmup < microbatches:
@@ -79,7 +79,7 @@ def zero_bubble_h2(ranks: int, microbatches: int) -> list[list[Compute]]:
 @lru_cache(maxsize=256)
 def _plans(name: str, ranks: int, chunks: int, microbatches: int) -> list[list[Action]]:
     if name == "zb-h2":
-        return with_messages(zero_bubble_h2(ranks, microbatches), in_order(ranks, 1))
+        return with_messages(zero_bubble_h2(ranks, microbatches), in_order(ranks, 1), ahead=2 * ranks)
     return plans(name, ranks, chunks, microbatches)
 
 

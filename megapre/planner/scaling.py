@@ -117,8 +117,8 @@ def fit(points: Sequence[Point]) -> Law:
     if len(set(n)) < 2 or len(set(d)) < 2:
         raise ConfigError("a scaling law needs runs of at least 2 model sizes and 2 numbers of tokens")
     best: tuple[float, Law] | None = None
-    exponents = np.arange(0.10, 0.801, 0.02)
-    for floor in np.linspace(0.0, 0.95 * loss.min(), 40):
+    exponents = np.arange(0.10, 0.781, 0.04)
+    for floor in np.linspace(0.0, 0.98 * loss.min(), 60):
         for alpha in exponents:
             for beta in exponents:
                 columns = np.stack([n**-alpha, d**-beta], axis=1) / (loss - floor)[:, None]
