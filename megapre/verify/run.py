@@ -322,8 +322,9 @@ def main(config: Config, layouts: list[str], ranks: int) -> int:
     """Prove the job's model, scaled down, on ``layouts`` (or ``all`` that fit ``ranks``); 0 when all agree."""
     small, vocab_size = scaled_down(config)
     m = small.model
-    wanted_all = layouts == ["all"]
-    cells = list(every(ranks, zero=(0, 1, 2, 3), experts=m.experts)) if wanted_all else [parse(text) for text in layouts]
+    cells = [parse(text) for text in layouts if text != "all"]
+    if layouts == ["all"]:
+        cells = list(every(ranks, zero=(0, 1, 2, 3), experts=m.experts))
     console = Console()
     table = Table("layout", "arm", "worst quantity", "error", "limit", "verdict")
     table.columns[2].overflow = "fold"
