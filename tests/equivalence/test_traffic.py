@@ -176,7 +176,7 @@ def test_experts(layout: str, pool: RankPool) -> None:
             assert sums["expert_tensor/reduce_scatter"] == times * (gathered + size * etp)
         if cell.tensor > 1:
             # With sequence parallelism attention, head and embedding gather as above, and experts not at all.
-            gathers = 3 * model.layers + 3 if cell.sequence else 2 * model.layers
+            gathers = 3 * model.layers + 2 if cell.sequence else 2 * model.layers
             whole = microbatches * gathers * activation(config)
             assert sums["tensor/all_gather"] == whole + times * choices * cell.tensor * 8  # and the choices, for losses
 
