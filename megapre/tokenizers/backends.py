@@ -6,13 +6,13 @@ the input. One that differs is passed over, loudly: another id here would be ano
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import orjson
 
 from megapre.tokenizers.base import Tokenizer
 from megapre.tokenizers.bytelevel import byte_level_vocab, split_pattern
@@ -39,45 +39,39 @@ HOSTILE = (
 """Strings on which libraries of the same name have been seen to differ."""
 
 
-def gigatoken(tokenizer: Tokenizer, path: str) -> Encode:
+def gigatoken(path: str) -> Encode:
     """By gigatoken, from a ``tokenizer.json``; ImportError or ValueError when it cannot."""
     from gigatoken import Tokenizer as Gigatoken
 
-    with open(_json_of(path), encoding="utf-8") as file:
-        content = json.load(file)
+    content = _read(path)
     content["added_tokens"] = []  # a document that quotes "<|endoftext|>" must not end there
     content["post_processor"] = content["truncation"] = content["padding"] = None
-    encode = Gigatoken.from_json(json.dumps(content)).encode
+    encode = Gigatoken.from_json(orjson.dumps(content)).encode
     return lambda texts: [encode(text) for text in texts]
 
 
-def tiktoken(tokenizer: Tokenizer, path: str) -> Encode:
+def tiktoken(path: str) -> Encode:
     """By tiktoken, from a byte-level BPE ``tokenizer.json`` whose ids are in the order of its merges."""
     import tiktoken as library
 
-    with open(_json_of(path), encoding="utf-8") as file:
-        content = json.load(file)
+    content = _read(path)
     ranks, pattern = byte_level_vocab(content), split_pattern(content)
     encoding = library.Encoding("megapre", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     encode = encoding.encode_ordinary
     return lambda texts: [encode(text) for text in texts]
 
 
-FAST: MappingProxyType[str, Callable[[Tokenizer, str], Encode]] = MappingProxyType(
-    {"gigatoken": gigatoken, "tiktoken": tiktoken}
-)
+FAST: MappingProxyType[str, Callable[[str], Encode]] = MappingProxyType({"gigatoken": gigatoken, "tiktoken": tiktoken})
 """Fastest first."""
 BACKENDS = ("auto", *FAST, "reference")
 
 
-def make(name: str, tokenizer: Tokenizer, path: str) -> Encode:
-    """The encoder of one back end; ValueError when it cannot be had for this tokenizer."""
-    if name == "reference":
-        return tokenizer.encode_batch  # type: ignore[return-value]
-    if tokenizer.type not in ("HuggingFaceTokenizer", "GPT2BPETokenizer") or not os.path.exists(_json_of(path)):
-        raise ValueError(f"--backend {name} reads a tokenizer.json only, which {tokenizer.type} {path!r} is not.")
+def make(name: str, kind: str, path: str) -> Encode:
+    """The encoder of a fast back end for a tokenizer of type ``kind``; ValueError when it cannot be had."""
+    if kind != "HuggingFaceTokenizer" or not os.path.exists(_json_of(path)):
+        raise ValueError(f"--backend {name} reads a tokenizer.json only, which {kind} {path!r} is not.")
     try:
-        return FAST[name](tokenizer, path)
+        return FAST[name](path)
     except ImportError as error:
         raise ValueError(f"--backend {name} is not installed ({error}): pip install 'megapre[fast]'.") from None
     except BaseException as error:  # a panic of a Rust library is no Exception
@@ -98,7 +92,7 @@ def choose(name: str, tokenizer: Tokenizer, path: str, first: Iterable[str], log
     texts = [*HOSTILE, *first]
     for candidate in FAST if name == "auto" else (name,):
         try:
-            encode = make(candidate, tokenizer, path)
+            encode = make(candidate, tokenizer.type, path)
         except ValueError as error:
             if name != "auto":
                 raise
@@ -128,6 +122,12 @@ def differs(encode: Encode, tokenizer: Tokenizer, texts: Sequence[str]) -> str:
             at = next((i for i, (a, b) in enumerate(zip(found, right)) if a != b), min(len(found), len(right)))
             return f"token {at} of {text[:40]!r} is {found[at : at + 1]} where {list(right[at : at + 1])} is right"
     return ""
+
+
+def _read(path: str) -> dict[str, Any]:
+    with open(_json_of(path), "rb") as file:
+        content: dict[str, Any] = orjson.loads(file.read())
+    return content
 
 
 def _json_of(path: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,13 @@ class Setting:
     """Folder of the shards."""
     keys: tuple[str, ...]
     tokenizer: tuple[str, str, int]
+    kind: str
+    """The tokenizer's type."""
+    size: int
+    """Its ids."""
     backend: str
-    append_eod: bool
+    eod: int | None
+    """What ends every document; None: nothing."""
     sentences: bool
     limit: int
     """Bytes of the largest document."""
@@ -88,22 +93,21 @@ class Shard:
         self.dtype, self.vocab_size = dtype, vocab_size
         self.tokens = self.sequences = self.documents = 0
 
-    def add(self, ids: list[Any], documents: Sequence[int] | None) -> None:
-        """Sequences of ids, and how many of them belong to each document (one when None)."""
+    def add(self, ids: list[Any], lengths: list[int], documents: list[int] | None) -> None:
+        """Ids in pieces, the tokens of each sequence, and how many belong to each document (one when None)."""
         if not ids:
             return
-        flat = np.concatenate([np.asarray(sequence) for sequence in ids])
+        flat = np.concatenate(ids)
         low, high = int(flat.min()), int(flat.max())
         if low < 0 or high >= self.vocab_size:
             raise RuntimeError(f"the tokenizer gave id {high if low >= 0 else low}, outside its {self.vocab_size} ids.")
-        lengths = np.fromiter(map(len, ids), "<i4", len(ids))
         self._files[".bin"].write(flat.astype(self.dtype).data)
-        self._files[".len"].write(lengths.data)
+        self._files[".len"].write(np.asarray(lengths, "<i4").data)
         if documents is not None:
             self._files[".doc"].write(np.asarray(documents, "<i4").data)
         self.tokens += len(flat)
-        self.sequences += len(ids)
-        self.documents += len(ids if documents is None else documents)
+        self.sequences += len(lengths)
+        self.documents += len(lengths if documents is None else documents)
 
     def finish(self) -> list[int]:
         """Flush to the disk and give the files their names; tokens, sequences, documents."""
@@ -127,17 +131,19 @@ class Shard:
 
 def tokenize(setting: Setting) -> Callable[[Piece, Callable[[Any], None]], Record]:
     """The function that turns a piece into shards; reads the tokenizer once."""
-    tokenizer = load(*setting.tokenizer)
-    encode = make(setting.backend, tokenizer, setting.tokenizer[1])
-    eod = [tokenizer.eod] if setting.append_eod else []
-    dtype = token_dtype(tokenizer.vocab_size)
+    if setting.backend == "reference":
+        encode: Encode = load(*setting.tokenizer).encode_batch  # type: ignore[assignment]
+    else:
+        encode = make(setting.backend, setting.kind, setting.tokenizer[1])
+    eod = [] if setting.eod is None else [setting.eod]
+    dtype = token_dtype(setting.size)
 
     def work(piece: Piece, progress: Callable[[Any], None]) -> Record:
         stem = f"{setting.parts}/{piece.number:06d}"
         shards: list[Shard] = []
         try:
             for key in range(len(setting.keys)):
-                shards.append(Shard(f"{stem}.{key}", dtype, tokenizer.vocab_size, setting.sentences))
+                shards.append(Shard(f"{stem}.{key}", dtype, setting.size, setting.sentences))
             record = _fill(piece, shards, setting, encode, eod, progress)
             record.counts = [shard.finish() for shard in shards]
         except BaseException:
@@ -173,17 +179,21 @@ def _fill(
 
 
 def _add(shard: Shard, column: list[list[Any]], eod: list[int], sentences: bool) -> None:
-    """Sequences that have a token; the last of a document ends it."""
+    """Sequences that have a token; ``eod`` joins the last of each document."""
     ids: list[Any] = []
+    lengths: list[int] = []
     counts: list[int] = []
+    end = np.asarray(eod, np.uint32)
     for sequences in column:
         kept = [sequence for sequence in sequences if len(sequence)]
         if kept:
             counts.append(len(kept))
-            if eod:
-                kept[-1] = np.append(np.asarray(kept[-1], np.int64), eod)
+            lengths += map(len, kept)
             ids += kept
-    shard.add(ids, counts if sentences else None)
+            if eod:
+                lengths[-1] += 1
+                ids.append(end)
+    shard.add(ids, lengths, counts if sentences else None)
 
 
 def _encode(

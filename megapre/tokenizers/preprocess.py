@@ -29,7 +29,7 @@ from megapre.tokenizers.pieces import Record, Setting, SpanRecord, tokenize
 from megapre.tokenizers.team import Team
 
 REPORTED_LINES = 20
-FIRST_DOCUMENTS, FIRST_CHARACTERS = 200, 1 << 20
+FIRST_DOCUMENTS, FIRST_CHARACTERS = 200, 1 << 17
 """Documents of the input that back ends are compared on."""
 INLINE = 32 << 20
 """Bytes of input that one worker tokenizes in this process."""
@@ -116,15 +116,16 @@ def preprocess(job: Job, log: Callable[[str], None] | None = None, team: Team | 
 def _run(job: Job, parts: Path, log: Callable[[str], None], team: Team) -> Report:
     plan = team.broadcast("plan", _plan(job, parts, log) if team.rank == 0 else None)
     pieces = [Piece(p["number"], tuple(Span(**span) for span in p["spans"]), p["size"]) for p in plan["pieces"]]
+    record = TokenizerRecord(**plan["record"])
     setting = Setting(
-        str(parts), tuple(job.keys), job.tokenizer, plan["options"][-1], job.append_eod, job.split_sentences,
-        job.largest_document,
+        str(parts), tuple(job.keys), job.tokenizer, record.type, record.vocab_size, plan["options"][-1],
+        record.eod if job.append_eod else None, job.split_sentences, job.largest_document,
     )  # fmt: skip
     low, high = share_out(pieces, team.size)[team.rank]
     done = _tokenize(job, pieces[low:high], setting, log if team.rank == 0 else _silent)
     report = _report(job, done, log, team)
-    report.prefixes = _merge(job, parts, {number: record.counts for number, (record, _) in done.items()},
-                             range(low, high), team)  # fmt: skip
+    counts = {number: found.counts for number, (found, _) in done.items()}
+    report.prefixes = _merge(job, parts, record, counts, range(low, high), team)
     if team.rank == 0:
         shutil.rmtree(parts)
     team.close()
@@ -152,8 +153,12 @@ def _plan(job: Job, parts: Path, log: Callable[[str], None]) -> dict[str, Any]:
     plan = {
         "inputs": [[path, (found := os.stat(path)).st_size, found.st_mtime_ns] for path in job.inputs],
         "pieces": [asdict(piece) for piece in pieces],
-        "tokenizer": tokenizer.digest,
-        "options": [list(job.keys), job.append_eod, job.split_sentences, job.largest_document, backend],
+        "record": asdict(
+            TokenizerRecord(
+                tokenizer.type, tokenizer.digest, tokenizer.vocab_size, tokenizer.eod, tokenizer.mask, job.append_eod
+            )
+        ),
+        "options": [list(job.keys), job.split_sentences, job.largest_document, backend],
     }
     plan = json.loads(json.dumps(plan))
     if parts.exists() and _read_plan(parts) != plan:
@@ -266,15 +271,13 @@ def _report(job: Job, records: dict[int, tuple[Record, bool]], log: Callable[[st
     return report
 
 
-def _merge(job: Job, parts: Path, counts: dict[int, list[list[int]]], mine: range, team: Team) -> list[str]:
+def _merge(
+    job: Job, parts: Path, record: TokenizerRecord, counts: dict[int, list[list[int]]], mine: range, team: Team
+) -> list[str]:
     """Put the shards of every key into pairs. Each rank writes its own pieces' bytes and hashes its share of blocks."""
     found = [{int(n): value for n, value in rank.items()} for rank in team.gather("counts", counts)]
     sums = team.broadcast("all counts", {n: value for rank in found for n, value in rank.items()})
     whole = {int(n): value for n, value in sums.items()}
-    tokenizer = load(*job.tokenizer)
-    record = TokenizerRecord(
-        tokenizer.type, tokenizer.digest, tokenizer.vocab_size, tokenizer.eod, tokenizer.mask, job.append_eod
-    )
     written = []
     for key, prefix in enumerate(job.outputs):
         shards = [Part(f"{parts}/{n:06d}.{key}", *whole[n][key]) for n in sorted(whole)]
@@ -284,7 +287,7 @@ def _merge(job: Job, parts: Path, counts: dict[int, list[list[int]]], mine: rang
         names = [f"{prefix}_{n:05d}" for n in range(len(groups))] if job.shard_tokens else [prefix]
         for number, (name, group) in enumerate(zip(names, groups)):
             numbers = range(*(min(max(bound - group[0], 0), group[1] - group[0]) for bound in (mine.start, mine.stop)))
-            target = Target(name, token_dtype(tokenizer.vocab_size), shards[slice(*group)])
+            target = Target(name, token_dtype(record.vocab_size), shards[slice(*group)])
             _write_pair(target, numbers, f"{key}.{number}", record, team, job.workers)
         written += names
         if job.shard_tokens and team.rank == 0:
