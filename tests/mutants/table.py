@@ -280,7 +280,7 @@ MUTANTS = (
     Mutant(
         "samples-by-rank-order",
         "megapre/data/loader.py",
-        "first = step * self._batch + (m * self._size + self._rank) * self._micro",
+        "first = plan.first + (m * self._size + self._rank) * self._micro",
         "first = (step * self._size + self._rank) * self._micro + m",
         "tests/training/test_resume.py::test_another_data_size_changes_no_global_batch",
         "the global batch depends on the data-parallel size",
