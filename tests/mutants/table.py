@@ -474,10 +474,10 @@ MUTANTS = (
     ),
     Mutant(
         "another-file-under-the-same-name",
-        "megapre/data/indexed.py",
-        "            if getattr(sidecar, name) != value:\n",
-        "            if False:\n",
-        "tests/data/test_indexed.py::test_sidecar_sees_another_file_and_digests_see_a_flipped_bit",
+        "megapre/data/remote.py",
+        'self._key = hashlib.sha256(f"{url} {version}".encode())',
+        "self._key = hashlib.sha256(url.encode())",
+        "tests/data/test_remote.py::test_a_second_run_finds_its_blocks_and_another_version_does_not",
         "B75, Megatron-LM's GPTDataset: a cache keyed by path served the data of another file",
     ),
     Mutant(
