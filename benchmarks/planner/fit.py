@@ -11,7 +11,7 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import numpy as np
 from rows import Run, read
@@ -125,7 +125,6 @@ def main() -> None:
     for f in fields(constants):
         old, new = getattr(START, f.name), getattr(constants, f.name)
         print(f"{f.name:16} {old:10.4g} -> {new:10.4g}")
-    replace(constants)
 
 
 if __name__ == "__main__":

@@ -243,9 +243,7 @@ class Reader:
         if batch is None:
             self.assume("global_batch")
             batch = (micro or 1) * dp * (1 if pp == 1 else 4 * pp)
-        sequence = row["sequence_parallel"] == "yes" or (
-            row["sequence_parallel"] != "no" and stack.overlap and tp > 1
-        )
+        sequence = row["sequence_parallel"] == "yes" or (row["sequence_parallel"] != "no" and stack.overlap and tp > 1)
         recompute, share = self._recompute()
         return Layout(
             tp, pp, dp, cp, ep, 1 if ep > 1 else tp, chunks, schedule, (), sequence, zero, shard, "none", recompute,

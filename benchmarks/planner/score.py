@@ -10,7 +10,7 @@ import argparse
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -139,12 +139,12 @@ def print_ranking(runs: Sequence[Run], ours: Errors) -> None:
                   f"{100 * np.mean(losses):.1f}% (mean) slower than the measured best")  # fmt: skip
 
 
-def left_out_errors(runs: Sequence[Run], start: Constants) -> Errors:
-    """Every family predicted by constants fitted to the others."""
+def left_out_errors(runs: Sequence[Run]) -> Errors:
+    """Every family predicted by constants fitted to the others, from the priors on."""
     found: Errors = {}
     for family, group in grouped(timed(runs)):
         others = [run for run in timed(runs) if run.family != family]
-        found |= step_errors(group, fit(others, start, rounds=1, inner=4))
+        found |= step_errors(group, fit(others, rounds=1, inner=7))
     return found
 
 
@@ -159,7 +159,7 @@ def main() -> None:
     untouched = [run for run in everything if run.seconds and run not in runs]
     print(f"{len(everything)} runs; times of {len(runs)} were fitted with {len(fields(Constants))} constants, of "
           f"{len(untouched)} never seen (other devices); no memory was fitted\n")  # fmt: skip
-    ours = print_times(runs, constants, left_out_errors(runs, constants) if args.leave_out else None)
+    ours = print_times(runs, constants, left_out_errors(runs) if args.leave_out else None)
     if untouched:
         print(f"never seen: {untouched[0].job.device.name}, n = {len(untouched)}: "
               f"{told(step_errors(untouched, constants).values())}")  # fmt: skip
@@ -169,7 +169,6 @@ def main() -> None:
         worst = sorted(runs, key=lambda run: -abs(ours[run.id]))
         lines = [f"{r.id},{r.model},{r.seconds},{ours[r.id]:.4f},{' '.join(r.job.assumed)}" for r in worst]
         args.detail.write_text("\n".join(["id,model,seconds,error,assumed", *lines]) + "\n")
-    replace(constants)
 
 
 if __name__ == "__main__":

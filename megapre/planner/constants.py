@@ -7,8 +7,10 @@ or launches; none belongs to a source of measurements.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+
+from megapre.planner.hardware import Device
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -89,6 +91,11 @@ def load(path: Path = FILE) -> Constants:
         return Constants()
     values = tomllib.loads(path.read_text(encoding="utf-8"))["constants"]
     return Constants(**values)
+
+
+def of(device: Device) -> Constants:
+    """The fitted constants, with those that the device's own profile measured in their place."""
+    return replace(load(), **device.measured)
 
 
 def to_toml(constants: Constants, notes: str) -> str:

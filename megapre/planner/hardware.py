@@ -1,7 +1,7 @@
 """What a device, its node and its network can do: profiles as TOML files, every figure with its source.
 
 The shipped ones are in ``profiles/``; ``--gpu`` also takes the path of a user's own file, such as the one that
-``benchmarks/planner/cpu_profile.py`` writes from measurements of a CPU host.
+``benchmarks/gemm.py --profile`` writes from measurements of a CPU host.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Device:
     """US dollars per device hour."""
     watts: float
     sources: Mapping[str, str] = field(compare=False)
-    measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """CPU hosts: the table of measured speeds that replaces the fitted model of kernels."""
+    measured: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """CPU hosts: constants of the timing model that were measured there."""
 
 
 def names() -> list[str]:

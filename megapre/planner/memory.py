@@ -73,7 +73,7 @@ def block_elements(shape: Shape, tensor: int, moe: bool) -> tuple[float, float]:
     kv = max(shape.kv_width / t, shape.head_dim)
     matrices = 2 * h * shape.q_width / t + 2 * h * kv
     norm = h * (2 if shape.layer_norm else 1)
-    vectors = norm * (1 if shape.parallel_block else 2)
+    vectors: float = norm * (1 if shape.parallel_block else 2)
     if shape.bias:
         vectors += shape.q_width / t + 2 * kv + 2 * h
     up = shape.matrices - 1

@@ -74,9 +74,8 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _chart(figure: Any) -> str:
-    drawn: str = figure.to_html(
-        full_html=False, include_plotlyjs=False, default_height="380px", config={"responsive": True, "displaylogo": False}
-    )
+    settings = {"responsive": True, "displaylogo": False}
+    drawn: str = figure.to_html(full_html=False, include_plotlyjs=False, default_height="380px", config=settings)
     return drawn + "\n"
 
 

@@ -51,7 +51,7 @@ def main(job: str, overrides: Sequence[str], request: Request) -> int:
     vocab = config.model.vocab_size
     if not vocab:
         raise ConfigError("model.vocab_size is 0, to be taken from the data, which plan does not read: set it")
-    console, constants = Console(), fitted.load()
+    console, constants = Console(), fitted.of(device)
     found: Found | None = None
     if request.search:
         started = clock.monotonic()
@@ -113,7 +113,9 @@ def _title(job: Job) -> str:
 
 def _duration(seconds: float) -> str:
     days = seconds / 86400
-    return f"{days:,.1f} days" if days >= 2 else f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds:.0f} s"
+    if days >= 2:
+        return f"{days:,.1f} days"
+    return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds:.0f} s"
 
 
 def _rows(job: Job, time: Time, cost: Bill) -> list[tuple[str, str]]:

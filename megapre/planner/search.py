@@ -76,9 +76,7 @@ def search(config: Config, device: Device, gpus: int, vocab: int, constants: Con
                 rough.append((predict(job, constants, closed_form).step, candidate, job))
                 break
     rough.sort(key=lambda entry: entry[0])
-    best = [
-        Candidate(candidate, job, predict(job, constants), fullest(job)) for _, candidate, job in rough[:SIMULATED]
-    ]
+    best = [Candidate(candidate, job, predict(job, constants), fullest(job)) for _, candidate, job in rough[:SIMULATED]]
     best.sort(key=lambda candidate: candidate.time.step)
     return Found(best[:keep], tried, fitting, smallest)
 

@@ -22,6 +22,10 @@ FLOOR = 8.0
 """Exponent with which computation and launches are joined: (a^p + b^p)^(1/p), close to their maximum."""
 
 
+WHOLE_LOSS, CHUNKED_LOSS = 22.0, 10.0
+"""Bytes per logit that a loss moves: with fp32 copies of all logits, or in place over chunks of rows."""
+
+
 @dataclass(frozen=True)
 class Block:
     """Seconds of one block and microbatch on one rank."""
@@ -176,13 +180,12 @@ def head(job: Job, speed: Speed) -> tuple[float, float, float]:
     tokens = layout.microbatch * shape.sequence / layout.context
     columns = shape.vocab / layout.tensor
     product = speed.product(tokens, columns, shape.hidden, fp8=False)
-    loss = tokens * 22.0 * columns / speed.memory
+    passes = CHUNKED_LOSS if job.stack.engine == "megapre" else WHOLE_LOSS
+    loss = tokens * passes * columns / speed.memory * job.stack.width / 2
     return product + 0.5 * loss, product + 0.5 * loss, product
 
 
-def predict(
-    job: Job, constants: Constants, pipeline: Callable[[Job, Costs], float] = pipeline_time
-) -> Time:
+def predict(job: Job, constants: Constants, pipeline: Callable[[Job, Costs], float] = pipeline_time) -> Time:
     """The step of ``job``. ``pipeline`` gives the time of the schedule from every stage's costs."""
     speed = Speed(job, constants)
     shape, layout = job.shape, job.layout

@@ -48,7 +48,8 @@ def test_the_page_renders_without_errors(page: Path, width: int, tmp_path: Path)
     # Headless Chromium has windows of at least 500 pixels, so the page stands in a frame of the wanted width.
     outer = tmp_path / "outer.html"
     outer.write_text(
-        f'<iframe id="f" style="border:0;width:{width}px;height:2000px" src="{page.as_uri()}"></iframe><pre id="got"></pre>'
+        f'<iframe id="f" style="border:0;width:{width}px;height:2000px" src="{page.as_uri()}"></iframe>'
+        '<pre id="got"></pre>'
         "<script>setInterval(() => { const t = document.getElementById('f').contentDocument.getElementById('told');"
         "if (t) document.getElementById('got').textContent = t.textContent; }, 100)</script>"
     )

@@ -1,0 +1,204 @@
+"""Speed of a CPU's matrix products, attention, byte-bound operations and AdamW: the compute part of a planner profile.
+
+``python benchmarks/gemm.py [--profile FILE.toml]`` prints TFLOP/s and GB/s of one thread in CPU seconds, medians of
+interleaved rounds, and with ``--profile`` writes (or updates) the profile that ``megapre plan --gpu FILE.toml`` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megapre.config.schema import KernelsConfig
+from megapre.kernels.registry import Kernels, choose
+
+TOKENS = 4096
+SIZES = ((384, 1152), (384, 1536), (1536, 384), (512, 1024), (512, 2816), (1408, 512))
+"""(inputs, outputs) of the blocks of GPT-2- and Llama-like models of laptop size."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LENGTHS = (256, 1024)
+ROUNDS = 5
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """CPU seconds of one call."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def gemms(dtype: torch.dtype) -> Callable[[], Any]:
+    """Forward and both backward products of every size, as linear layers run them."""
+    made = []
+    for inputs, outputs in SIZES:
+        x, w = torch.randn(TOKENS, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
+        made.append((x, w, torch.randn(TOKENS, outputs, dtype=dtype), torch.zeros(outputs, inputs)))
+
+    def run() -> None:
+        for x, w, dy, main in made:
+            F.linear(x, w)
+            dy @ w
+            main.add_(dy.t() @ x)
+
+    return run
+
+
+def attention(kernels: Kernels, dtype: torch.dtype, length: int) -> Callable[[], Any]:
+    """Causal attention, forward and backward, 8 heads of 64."""
+    shape = (length, TOKENS // length, 8, 64)
+    q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
+    grad = torch.randn(shape, dtype=dtype)
+    return lambda: torch.autograd.grad(kernels.attention(q, k, v, causal=True), (q, k, v), grad)
+
+
+def byte_bound(kernels: Kernels, dtype: torch.dtype) -> Callable[[], Any]:
+    """Norms, residual sums and SwiGLU of a block of 512 features, forward and backward."""
+    x, y = (torch.randn(TOKENS, 512, dtype=dtype, requires_grad=True) for _ in range(2))
+    weight = torch.ones(512, dtype=dtype, requires_grad=True)
+    up = torch.randn(TOKENS, 2816, dtype=dtype, requires_grad=True)
+
+    def run() -> None:
+        for _ in range(2):
+            normed, total = kernels.add_rms_norm(y, x, weight, 1e-5)
+            torch.autograd.backward((normed, total), (x.detach(), y.detach()))
+        kernels.swiglu(up).backward(up.detach()[:, :1408])
+
+    return run
+
+
+BYTES = TOKENS * (22.0 * 512 + 6.0 * 1408 + 12.0 * 512) * 2.6
+"""What ``megapre/planner/speed.py`` counts for `byte_bound`, forward and backward, for elements of 2 bytes."""
+
+
+def adamw(count: int = 4_000_000) -> Callable[[], Any]:
+    """One fused update."""
+    tensors = [[torch.zeros(count)] for _ in range(4)]
+    step = [torch.ones(())]
+    return lambda: torch._fused_adamw_(
+        *tensors, [], step, lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False
+    )
+
+
+def measure() -> dict[str, Any]:
+    """Every figure of the profile that needs one process."""
+    torch.set_num_threads(1)
+    cases: dict[Any, Callable[[], Any]] = {"adamw": adamw()}
+    for name, dtype in DTYPES.items():
+        kernels = choose(KernelsConfig(), torch.device("cpu"), dtype)
+        cases["gemm", name] = gemms(dtype)
+        cases["bytes", name] = byte_bound(kernels, dtype)
+        for length in LENGTHS:
+            cases["attention", name, length] = attention(kernels, dtype, length)
+    for run in cases.values():
+        run()
+    times: dict[Any, list[float]] = {key: [] for key in cases}
+    for _ in range(ROUNDS):
+        for key, run in cases.items():
+            times[key].append(seconds(run))
+    best = {key: statistics.median(found) for key, found in times.items()}
+    flops = sum(6.0 * TOKENS * inputs * outputs for inputs, outputs in SIZES)
+    rates = {length: 3.5 * 4 * 0.5 * TOKENS * length * 512 for length in LENGTHS}
+    return {
+        "gemm": {name: flops / best["gemm", name] / 1e12 for name in DTYPES},
+        "attention": {
+            name: {length: work / best["attention", name, length] / 1e12 for length, work in rates.items()}
+            for name in DTYPES
+        },
+        "bytes": {name: BYTES * (2 if name == "fp32" else 1) / best["bytes", name] / 1e9 for name in DTYPES},
+        "adamw": 36.0 * 4e6 / best["adamw"] / 1e9,
+    }
+
+
+def profile(found: dict[str, Any], dtype: str, link: tuple[float, float]) -> str:
+    """A device profile for one number format. ``link``: GB/s of a ring between local ranks, latency in seconds."""
+    bandwidth = found["adamw"] / 0.75
+    best = found["gemm"]
+    short, long = (found["attention"][dtype][length] for length in LENGTHS)
+    # share x L / (L + half) through both lengths
+    half = max(0.0, LENGTHS[0] * LENGTHS[1] * (long - short) / (short * LENGTHS[1] - long * LENGTHS[0]))
+    share = long * (LENGTHS[1] + half) / LENGTHS[1] / best[dtype]
+    source = "benchmarks/gemm.py on this machine, one thread"
+    return f"""name = "{platform.processor() or platform.machine()}, one thread a rank"
+kind = "cpu"
+generation = "cpu"
+
+[compute]
+peak = {{ bf16 = {best["bf16"]:.4f}, fp16 = {best["bf16"]:.4f}, fp32 = {best["fp32"]:.4f} }}
+best = {{ bf16 = {best["bf16"]:.4f}, fp16 = {best["bf16"]:.4f}, fp32 = {best["fp32"]:.4f} }}
+multiprocessors = 1
+
+[memory]
+gib = 16.0
+bandwidth = {bandwidth:.2f}
+
+[attention]
+flash2 = {{ share = {share:.4f}, half_length = {half:.1f}, narrow = 1.0 }}
+
+[network]
+gpus_per_node = 1024
+nvlink = {link[0]:.3f}
+nic = {link[0]:.3f}
+
+[cost]
+price = 0.05
+watts = 20.0
+
+[measured]
+gemm_ampere = 1.0
+half_k_ampere = 0.0
+wave = 0.0
+memory_ampere = {found["bytes"][dtype] / bandwidth:.4f}
+flash_ampere = 1.0
+launch_ampere = 0.0
+link = 1.0
+nic = 1.0
+latency = {link[1]:.3g}
+tensor_overlap = 0.0
+data_overlap = 0.0
+shard_overlap = 0.0
+hop = 1.0
+jitter = 0.0
+fixed = 0.0
+
+[sources]
+peak = "the best product: there is no data sheet figure for one thread"
+best = "{source}"
+multiprocessors = "not used on a CPU"
+gib = "assumed"
+bandwidth = "{source}: AdamW"
+flash2 = "{source}: causal attention of {LENGTHS[0]} and {LENGTHS[1]} tokens, {dtype}"
+nvlink = "benchmarks/collectives.py on this machine: gloo"
+nic = "benchmarks/collectives.py on this machine: gloo"
+price = "assumed: a cloud's core"
+watts = "assumed: a server CPU's share of a core"
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    args = parser.parse_args()
+    found = measure()
+    for name in DTYPES:
+        lengths = ", ".join(f"{1000 * rate:.0f} at {length}" for length, rate in found["attention"][name].items())
+        print(f"{name}: products {1000 * found['gemm'][name]:.0f} GFLOP/s, attention {lengths} tokens, byte-bound "
+              f"operations {found['bytes'][name]:.1f} GB/s")  # fmt: skip
+    print(f"AdamW {found['adamw']:.1f} GB/s")
+    if args.profile:
+        from collectives import measure as measure_link
+
+        args.profile.write_text(profile(found, args.dtype, measure_link()))
+        print(f"wrote {args.profile}")
+
+
+if __name__ == "__main__":
+    main()

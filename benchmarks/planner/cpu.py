@@ -1,0 +1,110 @@
+"""Predicted against measured steps of megapre's own engine on this CPU, for two small models in many layouts.
+
+``python benchmarks/planner/cpu.py [--rounds 3]`` measures a profile (``benchmarks/gemm.py``, ``collectives.py``), runs
+every layout in turn for some rounds, and prints predicted and measured CPU seconds of a rank's step: what the rank
+itself does, so that other work on a shared machine does not count. Waiting in a pipeline's bubble is left out of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megapre.config.check import check
+from megapre.config.load import from_dict
+from megapre.config.schema import Config
+from megapre.planner import constants as fitted
+from megapre.planner import hardware
+from megapre.planner.job import from_config
+from megapre.planner.timing import predict
+from megapre.resilience.connect import connected
+from megapre.resilience.ranks import Ranks
+from megapre.training.engine import build
+from megapre.verify.pool import RankPool
+from megapre.verify.trace import _microbatches
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+GPT = {"layers": 6, "hidden": 384, "heads": 6, "sequence": 256, "vocab_size": 50304}
+LLAMA = {
+    "layers": 8, "hidden": 512, "heads": 8, "kv_heads": 4, "ffn_hidden": 1408, "sequence": 1024, "vocab_size": 32000,
+    "norm": "rmsnorm", "activation": "swiglu", "positions": "rope", "bias": False, "tied_embeddings": False,
+}  # fmt: skip
+JOBS = {"J1": (GPT, 16, 16), "J2": (LLAMA, 8, 4)}
+"""Model, global batch, microbatch."""
+LAYOUTS = (
+    ("J1", "bf16", {}, {}), ("J1", "fp32", {}, {}), ("J1", "bf16", {}, {"microbatch": 4}),
+    ("J1", "bf16", {"recompute": "full"}, {}), ("J1", "bf16", {"data": 2}, {"microbatch": 8}),
+    ("J1", "bf16", {"tensor": 2}, {}), ("J1", "bf16", {"pipeline": 2}, {"microbatch": 4}),
+    ("J1", "bf16", {"data": 2, "zero": 1}, {"microbatch": 8}),
+    ("J2", "bf16", {}, {}), ("J2", "bf16", {}, {"microbatch": 2}), ("J2", "bf16", {"recompute": "full"}, {}),
+    ("J2", "bf16", {"data": 2, "zero": 1}, {}), ("J2", "bf16", {"tensor": 2}, {}),
+    ("J2", "bf16", {"pipeline": 2}, {"microbatch": 2}),
+)  # fmt: skip
+
+
+def config_of(job: str, dtype: str, parallel: dict[str, object], train: dict[str, int]) -> Config:
+    """The job file of a layout."""
+    model, batch, micro = JOBS[job]
+    tables = {
+        "model": model, "parallel": {"data": 1} | parallel, "precision": {"dtype": dtype},
+        "train": {"global_batch": batch, "microbatch": micro, "threads": 1} | train,
+    }  # fmt: skip
+    return check(from_dict(tables))
+
+
+def measure(ranks: Ranks, config: Config, rounds: int) -> float:
+    """Median CPU seconds of a step on this rank, the first left out."""
+    torch.manual_seed(ranks.rank)
+    with connected(config, ranks) as (grid, device):
+        engine = build(config, grid, device, config.model.vocab_size)
+        vocab = config.model.vocab_size
+        micro = [replace(m, tokens=torch.randint(vocab, m.tokens.shape), targets=torch.randint(vocab, m.targets.shape))
+                 for m in _microbatches(config)]  # fmt: skip
+        targets = config.train.global_batch * config.model.sequence
+        times = []
+        for step in range(rounds + 1):
+            start = time.process_time()
+            engine.step(micro, targets, step, 1e-4)
+            times.append(time.process_time() - start)
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    import gemm
+    from collectives import measure as measure_link
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    found, link = gemm.measure(), measure_link()
+    errors = []
+    print(f"products {1000 * found['gemm']['bf16']:.0f} (bf16) and {1000 * found['gemm']['fp32']:.0f} (fp32) GFLOP/s, "
+          f"gloo {link[0]:.2f} GB/s\n")  # fmt: skip
+    print("job   format layout                                    measured, CPU-s  predicted  error")
+    with tempfile.TemporaryDirectory() as folder, RankPool(2) as pool:
+        for job, dtype, parallel, train in LAYOUTS:
+            config = config_of(job, dtype, parallel, train)
+            path = Path(folder) / f"{dtype}.toml"
+            path.write_text(gemm.profile(found, dtype, link))
+            device = hardware.load(str(path))
+            grid = config.parallel
+            world = grid.tensor * grid.pipeline * grid.data
+            measured = max(pool.run(world, measure, config, args.rounds, timeout=900))
+            time_ = predict(from_config(config, device, config.model.vocab_size), fitted.of(device))
+            predicted = time_.step - time_.bubble
+            errors.append(predicted / measured - 1)
+            told = " ".join(f"{k}={v}" for k, v in {**parallel, **train}.items()) or "one rank"
+            print(f"{job:5} {dtype:6} {told:42} {measured:14.2f} {predicted:10.2f} {errors[-1]:+7.1%}", flush=True)
+    size = [abs(error) for error in errors]
+    print(f"\n{len(size)} layouts: median {statistics.median(size):.1%}, largest {max(size):.1%}")
+
+
+if __name__ == "__main__":
+    main()
