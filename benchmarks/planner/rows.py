@@ -60,7 +60,8 @@ SITES = {
     "bigscience": Site(6.25e9, 78e9, 10 * 2**30,
         "Jean Zay: 4 NVLinks per pair of GPUs, 4 Omni-Path links of 100 Gb/s a node of 8 (project README); "
         "DeepSpeed's flat ZeRO-1 buffers"),
-    "fms-fsdp": Site(6.25e9, 0.0, 0.0, "A100 80GB and 400Gbps interconnect (PyTorch blog on training throughput with FSDP)"),
+    "fms-fsdp": Site(6.25e9, 0.0, 0.0,
+        "A100 80GB and 400Gbps interconnect (PyTorch blog on training throughput with FSDP)"),
 }  # fmt: skip
 
 

@@ -228,6 +228,12 @@ def shape_of(config: Config, vocab: int) -> Shape:
         learned_positions=model.positions == "learned",
         parallel_block=model.parallel_block,
         dropout=model.dropout > 0,
+        experts=model.experts,
+        experts_per_token=model.experts_per_token if model.experts else 0,
+        expert_ffn=model.n_expert_hidden if model.experts else 0,
+        shared_ffn=model.shared_experts * model.n_expert_hidden if model.experts else 0,
+        # Only their number counts: with moe_every above 1 the dense blocks are taken to come first.
+        dense_layers=sum(not model.has_experts(layer) for layer in range(1, model.layers + 1)) if model.experts else 0,
     )
 
 

@@ -163,13 +163,13 @@ def _print(
 
 def _print_search(console: Console, found: Found, seconds: float) -> None:
     table = Table(title=f"best of {found.fitting:,} layouts that fit ({found.tried:,} tried in {seconds:.1f} s)")
-    for column in ("TP", "PP", "schedule", "CP", "DP", "ZeRO", "micro", "recompute", "step, s", "GiB", "bubble"):
+    for column in ("TP", "PP", "schedule", "CP", "EP", "DP", "ZeRO", "micro", "recompute", "step, s", "GiB", "bubble"):
         table.add_column(column, justify="right")
     for entry in found.best:
         layout = entry.job.layout
         schedule = layout.schedule + (f":{layout.chunks}" if layout.chunks > 1 else "")
         table.add_row(
-            str(layout.tensor), str(layout.pipeline), schedule, str(layout.context), str(layout.data),
+            str(layout.tensor), str(layout.pipeline), schedule, str(layout.context), str(layout.expert), str(layout.data),
             str(layout.zero), str(layout.microbatch), layout.recompute, f"{entry.time.step:.3f}",
             f"{entry.memory.total / GIB:.1f}", f"{entry.time.bubble / entry.time.step:.1%}",
         )  # fmt: skip

@@ -99,11 +99,17 @@ def _layouts(config: Config, device: Device, gpus: int) -> Iterator[list[Config]
                         for zero in (1, 3) if data * context > 1 else (0,):
                             if zero == 3 and pipeline > 1:
                                 continue  # gathers every microbatch's weights again
-                            made = _policies(
-                                config, tensor, pipeline, data, context, microbatch, schedule, chunks, zero
-                            )
-                            if made:
-                                yield made
+                            for expert in _experts(model.experts, data * context * tensor):
+                                made = _policies(
+                                    config, tensor, pipeline, data, context, microbatch, schedule, chunks, zero, expert
+                                )
+                                if made:
+                                    yield made
+
+
+def _experts(experts: int, ranks: int) -> list[int]:
+    """Expert-parallel sizes: those that deal out experts and ranks evenly."""
+    return [size for size in _divisors(ranks, experts) if experts % size == 0] if experts else [1]
 
 
 def _schedules(pipeline: int, layers: int, microbatches: int) -> Iterator[tuple[str, int]]:
@@ -120,7 +126,7 @@ def _schedules(pipeline: int, layers: int, microbatches: int) -> Iterator[tuple[
 
 def _policies(
     config: Config, tensor: int, pipeline: int, data: int, context: int, microbatch: int, schedule: str, chunks: int,
-    zero: int,
+    zero: int, expert: int,
 ) -> list[Config]:  # fmt: skip
     """The layout under every recompute policy; empty when the rules refuse it."""
     parallel = replace(
@@ -136,6 +142,7 @@ def _policies(
         layers_per_stage=[],
         recompute="none",
         recompute_layers=0,
+        expert=expert,
         expert_tensor=1,
     )
     base = replace(config, parallel=parallel, train=replace(config.train, microbatch=microbatch))

@@ -94,7 +94,12 @@ def test_elements_are_those_of_the_spec(model: ModelConfig, tensor: int, pipelin
         assert elements(planned, rank).dense == wanted, f"rank {rank}"
 
 
-@pytest.mark.parametrize("model", [GPT, LLAMA, PALM])
+MOE = replace(
+    SHORT, experts=8, experts_per_token=2, expert_hidden=256, shared_experts=1, moe_dense_first=1, kv_heads=8
+)
+
+
+@pytest.mark.parametrize("model", [GPT, LLAMA, PALM, MOE])
 def test_parameters_are_those_of_the_spec(model: ModelConfig) -> None:
     wanted = 0
     for entry in spec.tensors(model, VOCAB):
