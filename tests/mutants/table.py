@@ -488,6 +488,30 @@ MUTANTS = (
         "tests/tools/test_preprocess_breadth.py::test_other_input_or_options_drop_what_was_left",
         "B75: what an earlier run left is of another input",
     ),
+    Mutant(
+        "planner-ring-moves-all-bytes",
+        "megapre/planner/network.py",
+        "(ranks - 1) / ranks * size / self.bandwidth(ranks, stride)",
+        "size / self.bandwidth(ranks, stride)",
+        "tests/planner/test_timing.py::test_rings_cost_what_the_formula_says",
+        "a ring of n ranks moves (n - 1) / n of the bytes",
+    ),
+    Mutant(
+        "planner-forgets-the-last-stages-head",
+        "megapre/planner/memory.py",
+        "dense += norm + (0 if shape.tied and has_table else table)",
+        "dense += norm",
+        "tests/planner/test_memory.py::test_elements_are_those_of_the_spec",
+        "simulators that leave out the vocabulary were off by 37%",
+    ),
+    Mutant(
+        "planner-counts-one-microbatch-in-flight",
+        "megapre/planner/memory.py",
+        "            live += keeps[action.stage]\n",
+        "            live = keeps[action.stage]\n",
+        "tests/planner/test_memory.py::test_stages_hold_what_is_in_flight",
+        "1F1B holds p - r microbatches on rank r",
+    ),
 )
 """Those marked in ``QUICK`` run in `make test`, all of them in the nightly lane."""
 
