@@ -15,6 +15,7 @@ from megapre.config.schema import Config
 from megapre.data.check import check_data
 from megapre.data.loader import Loader, validation
 from megapre.kernels.registry import report
+from megapre.monitor.fingerprint import differences, fingerprint
 from megapre.monitor.metrics import Monitor
 from megapre.monitor.throughput import Throughput
 from megapre.resilience.connect import connected
@@ -72,4 +73,7 @@ def resume(config: Config, engine: Engine, say: Callable[[str], None]) -> int:
         return 0
     state = restore(Path(found), config, engine.step)
     say(f"resumed from {found} at step {state['step']}")
+    changed = differences(state.get("environment", {}), fingerprint(config))
+    if changed:
+        say(f"the environment is not the checkpoint's, so the run may not be bitwise the same: {changed}")
     return int(state["step"])

@@ -16,19 +16,24 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megapre.checkpoint.reshard import CheckpointError, check_data, validate
 from megapre.parallel.placement import Address
+
+try:  # the same CRC-32 by carry-less multiplication, several times as fast
+    from isal.isal_zlib import crc32
+except ImportError:
+    from zlib import crc32
 
 FORMAT = 1
 CHUNK = 16 * 2**20
@@ -128,10 +133,36 @@ def _write_text(path: Path, text: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _plan(items: Sequence[tuple[Address, Tensor]], metadata: dict[str, str]) -> tuple[bytes, list[Piece]]:
-    """The safetensors header of a shard, and its pieces in the order of the bytes that follow."""
+@dataclass(frozen=True)
+class Plan:
+    """The file of one rank before it exists."""
+
+    manifest: dict[str, Any]
+    """All of the manifest but the checksums."""
+    header: bytes
+    tensors: tuple[Tensor, ...]
+    """In the order of their bytes after the header."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return int(self.manifest["bytes"])
+
+
+def lay_out(items: Sequence[tuple[Address, Tensor]], *, uuid: str, step: int, rank: int, world: int) -> Plan:
+    """Plan the shard of one rank from its (address, 1-D tensor) pairs.
+
+    Raises CheckpointError on an address that does not fit its tensor or a dtype that has no place in a checkpoint.
+    """
+    for address, data in items:
+        validate(address)
+        check_data(address, data)
+        if data.dtype not in CODES:
+            raise CheckpointError(f"{address.name!r} is {data.dtype}, and a checkpoint holds {', '.join(DTYPES)}")
+    # Wide types first keep every tensor aligned, as readers that map the file expect.
+    items = sorted(items, key=lambda item: -item[1].dtype.itemsize)
     pieces: list[Piece] = []
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "uuid": uuid, "step": str(step), "rank": str(rank)}}
     cursor = 0
     for address, data in items:
         key = address.name
@@ -148,7 +179,32 @@ def _plan(items: Sequence[tuple[Address, Tensor]], metadata: dict[str, str]) -> 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     text = len(text).to_bytes(8, "little") + text
-    return text, [Piece(p.address, p.dtype, p.key, p.begin + len(text)) for p in pieces]
+    manifest = {
+        "format": FORMAT,
+        "uuid": uuid,
+        "step": step,
+        "rank": rank,
+        "world": world,
+        "bytes": len(text) + cursor,
+        "chunk": CHUNK,
+        "pieces": [_entry(piece, len(text)) for piece in pieces],
+    }
+    return Plan(manifest, text, tuple(data for _, data in items))
+
+
+def _entry(piece: Piece, origin: int) -> dict[str, Any]:
+    address = piece.address
+    return {
+        "name": address.name,
+        "dtype": CODES[piece.dtype],
+        "shape": address.shape,
+        "offset": address.offset,
+        "size": address.size,
+        "start": address.start,
+        "end": address.end,
+        "key": piece.key,
+        "begin": origin + piece.begin,
+    }
 
 
 def _slices(data: Tensor) -> Iterator[memoryview]:
@@ -159,24 +215,38 @@ def _slices(data: Tensor) -> Iterator[memoryview]:
         yield part.view(torch.uint8).numpy().data
 
 
-class _Summed:
-    """Writes bytes and keeps the CRC-32 of every chunk of them."""
+class _Sink(Protocol):
+    """Where bytes go."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.size = 0
-        self.crc32: list[int] = []
+    def write(self, data: bytes | memoryview, /) -> object:
+        """Take them."""
+
+
+class _Memory:
+    """A buffer of the host, filled from its start."""
+
+    def __init__(self, buffer: memoryview) -> None:
+        self.buffer, self.size = buffer, 0
 
     def write(self, data: bytes | memoryview) -> None:
+        self.buffer[self.size : self.size + len(data)] = data
+        self.size += len(data)
+
+
+def _pour(plan: Plan, sink: _Sink, grain: int) -> list[int]:
+    """Write header and tensors, at most ``grain`` bytes at once; the CRC-32 of every chunk, of the live bytes."""
+    size, sums = 0, []
+    for data in itertools.chain([memoryview(plan.header)], *map(_slices, plan.tensors)):
         while len(data):
-            inside = self.size % CHUNK
+            inside = size % CHUNK
             if not inside:
-                self.crc32.append(0)
-            part = data[: CHUNK - inside]
-            self.crc32[-1] = zlib.crc32(part, self.crc32[-1])
-            self.file.write(part)
-            self.size += len(part)
+                sums.append(0)
+            part = data[: min(CHUNK - inside, grain)]
+            sums[-1] = crc32(part, sums[-1])
+            sink.write(part)
+            size += len(part)
             data = data[len(part) :]
+    return sums
 
 
 def write_rank(
@@ -184,51 +254,62 @@ def write_rank(
 ) -> str:
     """Write and fsync the shard and the manifest of one rank; returns the manifest's SHA-256.
 
-    ``items`` are (address, 1-D tensor) pairs. Raises CheckpointError on an address that does not fit its tensor or
-    a dtype that has no place in a checkpoint, OSError when the disk refuses.
+    Raises CheckpointError as `lay_out` does, OSError when the disk refuses.
     """
-    for address, data in items:
-        validate(address)
-        check_data(address, data)
-        if data.dtype not in CODES:
-            raise CheckpointError(f"{address.name!r} is {data.dtype}, and a checkpoint holds {', '.join(DTYPES)}")
-    # Wide types first keep every tensor aligned, as readers that map the file expect.
-    items = sorted(items, key=lambda item: -item[1].dtype.itemsize)
-    header, pieces = _plan(items, {"format": "pt", "uuid": uuid, "step": str(step), "rank": str(rank)})
+    plan = lay_out(items, uuid=uuid, step=step, rank=rank, world=world)
     with open(directory / shard_name(rank), "wb") as file:
-        summed = _Summed(file)
-        summed.write(header)
-        for _, data in items:
-            for part in _slices(data):
-                summed.write(part)
+        sums = _pour(plan, file, CHUNK)
         file.flush()
         os.fsync(file.fileno())
-    manifest = {
-        "format": FORMAT,
-        "uuid": uuid,
-        "step": step,
-        "rank": rank,
-        "world": world,
-        "bytes": summed.size,
-        "chunk": CHUNK,
-        "crc32": summed.crc32,
-        "pieces": [
-            {
-                "name": p.address.name,
-                "dtype": CODES[p.dtype],
-                "shape": p.address.shape,
-                "offset": p.address.offset,
-                "size": p.address.size,
-                "start": p.address.start,
-                "end": p.address.end,
-                "key": p.key,
-                "begin": p.begin,
-            }
-            for p in pieces
-        ],
-    }
-    text = json.dumps(manifest, separators=(",", ":")).encode()
-    _write_text(directory / manifest_name(rank), text)
+    return _write_manifest(directory, plan.manifest, sums)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A shard in host memory that no longer depends on any live tensor."""
+
+    manifest: dict[str, Any]
+    data: memoryview
+    crc32: list[int]
+    """Of every chunk, taken from the live tensors on their way here."""
+
+
+GRAIN = 256 * 2**10
+"""Bytes that are summed and copied at once: they stay in a core's cache in between."""
+
+
+def stage(plan: Plan, buffer: memoryview) -> Staged:
+    """Copy a shard into ``buffer``, which must hold ``plan.bytes``."""
+    sums = _pour(plan, _Memory(buffer), GRAIN)
+    return Staged(plan.manifest, buffer[: plan.bytes], sums)
+
+
+def write_staged(directory: Path, staged: Staged) -> str:
+    """Write and fsync a staged shard and its manifest; returns the manifest's SHA-256.
+
+    Raises CheckpointError when the memory no longer holds what the live tensors held, OSError when the disk refuses.
+    """
+    rank, pieces = staged.manifest["rank"], staged.manifest["pieces"]
+    with open(directory / shard_name(rank), "wb") as file:
+        for number, expected in enumerate(staged.crc32):
+            first = number * CHUNK
+            data = staged.data[first : first + CHUNK]
+            if crc32(data) != expected:
+                ends = [(p, p["begin"] + (p["end"] - p["start"]) * DTYPES[p["dtype"]].itemsize) for p in pieces]
+                hit = [p["name"] for p, end in ends if p["begin"] < first + len(data) and end > first]
+                raise CheckpointError(
+                    f"the host memory of rank {rank} changed {', '.join(hit[:4]) or 'a tensor'} before it was written "
+                    f"(bytes {first} to {first + len(data)} of its shard): test the memory of this node"
+                )
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return _write_manifest(directory, staged.manifest, staged.crc32)
+
+
+def _write_manifest(directory: Path, manifest: dict[str, Any], sums: list[int]) -> str:
+    text = json.dumps({**manifest, "crc32": sums}, separators=(",", ":")).encode()
+    _write_text(directory / manifest_name(manifest["rank"]), text)
     sync_directory(directory)
     return hashlib.sha256(text).hexdigest()
 

@@ -6,13 +6,12 @@ import hashlib
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from megapre.checkpoint.format import DTYPES, FORMAT, ROOT, Manifest, Piece, Root, manifest_name, shard_name
+from megapre.checkpoint.format import DTYPES, FORMAT, ROOT, Manifest, Piece, Root, crc32, manifest_name, shard_name
 from megapre.checkpoint.reshard import MAX_ELEMENTS, CheckpointError, validate
 from megapre.parallel.placement import Address
 
@@ -200,7 +199,7 @@ class Shard:
                 got += count
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
-        if zlib.crc32(data) != self.manifest.crc32[number]:
+        if crc32(data) != self.manifest.crc32[number]:
             last = first + len(data)
             hit = [p.address.name for p in self.manifest.pieces if p.begin < p.end and p.begin < last and p.end > first]
             names = ", ".join(hit[:8]) + (f" and {len(hit) - 8} more" if len(hit) > 8 else "")

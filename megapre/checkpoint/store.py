@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,64 @@ def step_name(step: int) -> str:
     return f"step_{step:07d}"
 
 
+@dataclass(frozen=True)
+class Ticket:
+    """One save that the ranks have agreed on."""
+
+    uuid: str
+    step: int
+    rank: int
+    world: int
+    root: Path
+    fault: str
+    """Why this rank cannot take part; empty when it can."""
+
+    @property
+    def partial(self) -> Path:
+        """Where the ranks write."""
+        return self.root / f"{step_name(self.step)}.partial-{self.uuid}"
+
+    @property
+    def final(self) -> Path:
+        """What it becomes."""
+        return self.root / step_name(self.step)
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """What `format.lay_out` wants to know."""
+        return {"uuid": self.uuid, "step": self.step, "rank": self.rank, "world": self.world}
+
+    def open(self) -> None:
+        """Make the directory; called by every rank. Raises CheckpointError when this rank cannot take part."""
+        if self.fault:
+            raise CheckpointError(self.fault)
+        self.partial.mkdir(parents=True, exist_ok=True)
+
+    def commit(self, digests: Sequence[str], state: dict[str, Any]) -> None:
+        """Make the checkpoint valid; called by rank 0 when the files of all ranks are durable."""
+        root = Root(self.uuid, self.step, self.world, state, tuple(digests))
+        _refuse_holes(self.partial, root)
+        write_root(self.partial, root)
+        _take_place(self.partial, self.final)
+
+    def withdraw(self) -> None:
+        """Rank 0 removes what a failed save left; what cannot be removed stays partial, and `prune` removes it."""
+        if self.rank == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def agree(root: Path, step: int, rank: int, world: int, sync: Sync) -> Ticket:
+    """Begin a save, called by all ranks together: one name, and every rank at the same step."""
+    label = sync.broadcast_text(f"{uuid.uuid4().hex} {step} {world}" if rank == 0 else None)
+    save_id, *first = label.split()
+    fault = ""
+    if first != [str(step), str(world)]:
+        fault = f"step {step} of {world} ranks is not step {first[0]} of {first[1]} ranks of rank 0"
+    elif not 0 <= step < 10**18 or not 0 <= rank < world:
+        fault = f"step {step}, rank {rank} of {world} is out of range"
+    return Ticket(save_id, step, rank, world, Path(root), fault)
+
+
 def save(
     root: Path,
     step: int,
@@ -95,42 +153,32 @@ def save(
     once. ``state`` is plain JSON, and rank 0's is the one kept. An existing checkpoint of the same step is replaced.
     Raises the same CheckpointError on every rank when any of them fails; earlier checkpoints are then untouched.
     """
-    root = Path(root)
-    label = sync.broadcast_text(f"{uuid.uuid4().hex} {step} {world}" if rank == 0 else None)
-    save_id = label.split()[0]
-    partial = root / f"{step_name(step)}.partial-{save_id}"
+    ticket = agree(root, step, rank, world, sync)
 
     def write() -> str:
-        if label != f"{save_id} {step} {world}":
-            first = label.split()
-            raise CheckpointError(f"step {step} of {world} ranks is not step {first[1]} of {first[2]} ranks of rank 0")
-        if not 0 <= step < 10**18 or not 0 <= rank < world:
-            raise CheckpointError(f"step {step}, rank {rank} of {world} is out of range")
         check_plain(state, "state")
-        partial.mkdir(parents=True, exist_ok=True)
-        return write_rank(partial, list(pieces), uuid=save_id, step=step, rank=rank, world=world)
+        ticket.open()
+        return write_rank(ticket.partial, list(pieces), **ticket.place)
 
     def commit() -> str:
         if rank == 0:
-            whole = Root(save_id, step, world, state, tuple(digests))
-            _refuse_holes(partial, whole)
-            write_root(partial, whole)
-            _take_place(partial, root / step_name(step))
+            ticket.commit(digests, state)
         return ""
 
     try:
-        digests = _together(write, rank, sync)
-        _together(commit, rank, sync)
+        digests = together(write, sync)
+        together(commit, sync)
     except CheckpointError:
-        if rank == 0:
-            # What cannot be removed stays as a partial directory, which nobody loads and `prune` removes.
-            shutil.rmtree(partial, ignore_errors=True)
+        ticket.withdraw()
         raise
-    return root / step_name(step)
+    return ticket.final
 
 
-def _together(action: Callable[[], str], rank: int, sync: Sync) -> list[str]:
-    """Run an action on every rank; all get all results, or all raise the error of the lowest rank that failed."""
+def together(action: Callable[[], str], sync: Sync) -> list[str]:
+    """Run an action on every rank; all get all results, or all raise the error of the lowest rank that failed.
+
+    Nobody waits for a rank that has failed: its sentence arrives in place of its result.
+    """
     result, sentence = "", ""
     cause: Exception | None = None
     try:

@@ -104,6 +104,8 @@ RANGES = {
     "train.eval_interval": NATURAL,
     "train.eval_samples": NATURAL,
     "checkpoint.interval": NATURAL,
+    "checkpoint.minutes": NON_NEGATIVE,
+    "checkpoint.host_memory": NON_NEGATIVE,
     "checkpoint.keep_last": COUNT,
     "checkpoint.keep_every": NATURAL,
     "monitor.interval": COUNT,
@@ -468,6 +470,15 @@ def run_dir_is_named(config: Config) -> str | None:
     return None
 
 
+def allowed_changes_are_keys(config: Config) -> str | None:
+    """A misspelt key would allow nothing, and be found out at the next resume."""
+    for name in config.checkpoint.allow_changes:
+        table, _, key = name.partition(".")
+        if not hasattr(getattr(config, table, None), key):
+            return f"checkpoint.allow_changes names {name!r}, which is no key: write it as train.global_batch"
+    return None
+
+
 RULES = (
     heads_divide_hidden,
     kv_heads_divide_heads,
@@ -493,4 +504,5 @@ RULES = (
     schedule_is_described,
     loss_scale_is_exact,
     run_dir_is_named,
+    allowed_changes_are_keys,
 )

@@ -283,6 +283,12 @@ class CheckpointConfig:
 
     interval: int = 0
     """Steps between checkpoints; 0 means only at the end."""
+    minutes: float = 0.0
+    """Also save when this many minutes have passed since the last save; 0: never."""
+    async_save: bool = True
+    """Write checkpoints beside the training, from a copy in host memory; the last one of a run is always waited for."""
+    host_memory: float = 0.0
+    """GiB of host memory per rank for that copy; 0: half of what is free. Saves are synchronous when it is short."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_every: int = 0
@@ -291,6 +297,8 @@ class CheckpointConfig:
     """Continue from the newest valid checkpoint of the run folder."""
     load: str = ""
     """A checkpoint (``.../step_N``) to start from when the run folder has none; any layout."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Keys such as ``train.global_batch`` that may differ from the checkpoint's job although they define the run."""
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ def test_defaults_pass_and_data_resolves() -> None:
     ("settings", "world", "parts"),
     [
         ({"model__heads": 3}, None, ["model.hidden (64)", "model.heads (3)"]),
+        ({"checkpoint__allow_changes": ["train.sed"]}, None, ["checkpoint.allow_changes", "train.sed"]),
         ({"model__kv_heads": 3}, None, ["model.heads (4)", "model.kv_heads (3)"]),
         ({"model__kv_heads": 8}, None, ["model.kv_heads (8)", "model.heads (4)"]),
         ({"model__positions": "rope", "model__hidden": 12}, None, ["12 / 4 = 3"]),
@@ -130,6 +131,7 @@ def test_every_number_and_choice_has_a_rule() -> None:
         "parallel.layers_per_stage", "precision.initial_loss_scale", "checkpoint.load",
         "schedule.milestones", "schedule.factors", "train.batch_ramp", "train.sequence_ramp",
         "data.stages", "data.cache_dir",
+        "checkpoint.allow_changes",
     }  # fmt: skip
     for table in dataclasses.fields(Config):
         for entry in dataclasses.fields(getattr(Config(), table.name)):

@@ -12,6 +12,7 @@ import pytest
 
 from megapre.checkpoint import store
 from megapre.config.schema import Config
+from megapre.monitor.fingerprint import differences, fingerprint
 from megapre.verify.cells import Cell, parse
 from megapre.verify.pool import RankPool
 from tests.training.jobs import corpus, job, losses, run, same
@@ -107,3 +108,27 @@ def test_resume_refuses_another_batch(pool: RankPool, tmp_path: Path) -> None:
     changed = replace(config, train=replace(config.train, global_batch=16, steps=4))
     with pytest.raises(Exception, match=r"train\.global_batch = 8, but the job has 16"):
         pool.run(1, run, changed)
+
+
+def test_a_refused_change_can_be_allowed_by_its_key(pool: RankPool, tmp_path: Path) -> None:
+    config = job(corpus(tmp_path / "text"), tmp_path / "run", Cell(), steps=2)
+    assert pool.run(1, run, config) == [0]
+    changed = replace(
+        config,
+        data=replace(config.data, seed=99),
+        train=replace(config.train, steps=4, seed=7),
+        checkpoint=replace(config.checkpoint, allow_changes=["data.seed"]),
+    )
+    with pytest.raises(Exception, match=r"train\.seed = 1, but the job has 7: set it back") as refusal:
+        pool.run(1, run, changed)
+    assert "data.seed" not in str(refusal.value).partition("ValueError")[2].partition("allow it")[0]
+    allowed = replace(changed, checkpoint=replace(config.checkpoint, allow_changes=["data.seed", "train.seed"]))
+    assert pool.run(1, run, allowed) == [0]
+    state = store.read_state(tmp_path / "run" / "checkpoints" / store.step_name(4))
+    assert {"megapre", "revision", "torch", "threads", "isa", "config"} <= state["environment"].keys()
+
+
+def test_another_environment_is_named() -> None:
+    here = fingerprint(Config())
+    assert differences(here, here) == "" and differences({}, here) == ""
+    assert differences({**here, "torch": "2.1", "config": "x"}, here) == f"torch 2.1 -> {here['torch']}"

@@ -1,0 +1,92 @@
+"""When a run saves, and that a save which fails costs the run nothing but itself."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+from megapre.checkpoint import store
+from megapre.checkpoint.store import list_checkpoints
+from megapre.config.schema import Config
+from megapre.resilience.ranks import Ranks
+from megapre.training import trainer
+from megapre.verify.cells import parse
+from megapre.verify.pool import RankPool
+from tests.training.jobs import corpus, job, losses, run, same
+
+
+def run_on_a_full_disk(ranks: Ranks, config: Config, first: int, last: int) -> int:
+    """Rank 1's shards of steps [first, last] find no space."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        step = path.parent.name[5:12]
+        if ranks.rank == 1 and "rank_" in path.name and step.isdigit() and first <= int(step) <= last:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    os.fsync = fsync
+    try:
+        return run(ranks, config)
+    finally:
+        os.fsync = real
+
+
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_no_step(pool: RankPool, tmp_path: Path) -> None:
+    prefix = corpus(tmp_path / "text")
+    whole = job(prefix, tmp_path / "whole", parse("1x1x2+zero1"), steps=8, interval=0)
+    assert pool.run(2, run, whole) == [0, 0]
+    for mode in (True, False):
+        config = job(prefix, tmp_path / f"run{mode}", parse("1x1x2+zero1"), steps=8, interval=2)
+        config = replace(config, checkpoint=replace(config.checkpoint, async_save=mode))
+        assert pool.run(2, run_on_a_full_disk, config, 4, 6) == [0, 0]
+        root = Path(config.train.run_dir) / "checkpoints"
+        assert [entry.step for entry in list_checkpoints(root)] == [2, 8], mode
+        assert losses(Path(config.train.run_dir)) == losses(tmp_path / "whole")
+        same(root / store.step_name(8), tmp_path / "whole" / "checkpoints" / store.step_name(8))
+
+
+def test_a_last_save_that_fails_is_the_failure_of_the_run(pool: RankPool, tmp_path: Path) -> None:
+    config = job(corpus(tmp_path / "text"), tmp_path / "run", parse("1x1x2"), steps=4, interval=2)
+    try:
+        pool.run(2, run_on_a_full_disk, config, 4, 4)
+    except Exception as error:
+        assert "rank 1 failed: No space left on device" in str(error)
+    else:
+        raise AssertionError("the run claims to have saved")
+    assert [entry.step for entry in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2]
+
+
+def run_by_another_clock(ranks: Ranks, config: Config) -> int:
+    """Time passes 20 s a look, on rank 0 alone: the others' clocks must not matter."""
+    real = time.monotonic
+    now = [0.0]
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            now[0] += 20 if ranks.rank == 0 else 1e6
+            return now[0] if ranks.rank == 0 else real()
+
+    trainer.time = Clock  # type: ignore[assignment]
+    try:
+        return run(ranks, config)
+    finally:
+        trainer.time = time
+
+
+def test_minutes_are_counted_on_one_rank_and_all_save_at_one_step(pool: RankPool, tmp_path: Path) -> None:
+    config = job(corpus(tmp_path / "text"), tmp_path / "run", parse("1x2x1"), steps=12, interval=0)
+    config = replace(config, checkpoint=replace(config.checkpoint, minutes=1.0))
+    assert pool.run(2, run_by_another_clock, config) == [0, 0]
+    steps = [entry.step for entry in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert steps[-1] == 12 and 2 <= len(steps) < 8, steps
+    assert all(b - a >= 2 for a, b in pairwise(steps[:-1])), steps
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len([row for row in rows if row.get("split") == "train"]) == 12
