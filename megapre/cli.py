@@ -83,6 +83,9 @@ def train(args: argparse.Namespace) -> int:
         max_restarts=config.resilience.max_restarts,
         threads=config.train.threads,
         preload=("megapre.train",),
+        heartbeat=config.resilience.heartbeat,
+        timeout=config.resilience.timeout,
+        log=Path(config.train.run_dir) / "log",
     )
 
 

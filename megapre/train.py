@@ -6,8 +6,10 @@ config -> ranks -> grid -> engine (spec, layout, buffers, layers, step) -> data 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megapre.checkpoint import store
 from megapre.config.load import to_toml
@@ -19,7 +21,12 @@ from megapre.monitor.fingerprint import differences, fingerprint
 from megapre.monitor.metrics import Monitor
 from megapre.monitor.throughput import Throughput
 from megapre.resilience.connect import connected
+from megapre.resilience.flight import recorded
+from megapre.resilience.guard import Guard
+from megapre.resilience.lock import run_lock
+from megapre.resilience.pulse import Pulse
 from megapre.resilience.ranks import Ranks
+from megapre.resilience.selftest import selftest
 from megapre.resilience.signals import StopRequest
 from megapre.training.engine import Engine, build
 from megapre.training.trainer import HostSync, Trainer, restore
@@ -28,41 +35,45 @@ from megapre.training.trainer import HostSync, Trainer, restore
 def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
     """Train ``config`` as one rank of a launch; returns the exit code (0 done, 75 stopped with a checkpoint)."""
     vocab_size = check_data(config)
-    with connected(config, ranks) as (grid, device):
+    run_dir = Path(config.train.run_dir)
+    with connected(config, ranks) as (grid, device), run_lock(run_dir, grid.world.rank, HostSync(grid.host)):
+        pulse = Pulse(os.environ)
+        grid = recorded(grid, pulse)
         engine = build(config, grid, device, vocab_size)
         main = grid.world.rank == 0
-        run_dir = Path(config.train.run_dir)
         if main:
-            run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "job.toml").write_text(to_toml(config))
         monitor = Monitor(config, run_dir, active=main)
         for line in report(engine.kernels, device):
             monitor.text(line)
-        start = resume(config, engine, monitor.text)
-        monitor.started(start)
-        data_rank, data_size = grid.data.rank, grid.data.size
-        loader = Loader(config, vocab_size=vocab_size, data_rank=data_rank, data_size=data_size, start_step=start)
+        if config.resilience.selftest:
+            selftest(grid, device, engine.model.dtype)
+        state = resume(config, engine, monitor.text)
+        monitor.started(int(state.get("step", 0)))
+        pulse.resumed(int(state.get("step", 0)))
+        place: dict[str, Any] = {"vocab_size": vocab_size, "data_rank": grid.data.rank, "data_size": grid.data.size}
+        trainer = Trainer(
+            config,
+            engine.step,
+            lambda step, skipped: Loader(config, **place, start_step=step, skipped=skipped),
+            validation(config, **place),
+            monitor,
+            Throughput(config, vocab_size, grid.world.size, device.type),
+            stop.requested,
+            Guard(config, engine.step, monitor.text),
+            state,
+        )
         try:
-            trainer = Trainer(
-                config,
-                engine.step,
-                loader,
-                validation(config, vocab_size=vocab_size, data_rank=data_rank, data_size=data_size),
-                monitor,
-                Throughput(config, vocab_size, grid.world.size, device.type),
-                stop.requested,
-                start,
-            )
             return trainer.run()
         finally:
-            if streamed := loader.report():
+            if streamed := trainer.loader.report():
                 monitor.text(streamed)
-            loader.close()
+            trainer.loader.close()
             monitor.close()
 
 
-def resume(config: Config, engine: Engine, say: Callable[[str], None]) -> int:
-    """Load the newest valid checkpoint of the run (else ``checkpoint.load``); returns the step to run next."""
+def resume(config: Config, engine: Engine, say: Callable[[str], None]) -> dict[str, Any]:
+    """Load the newest valid checkpoint of the run (else ``checkpoint.load``); returns its state, or none."""
     sync = HostSync(engine.grid.host)
     found = ""
     if config.checkpoint.resume and engine.grid.world.rank == 0:
@@ -70,10 +81,10 @@ def resume(config: Config, engine: Engine, say: Callable[[str], None]) -> int:
         found = str(newest) if newest else ""
     found = sync.broadcast_text(found) or config.checkpoint.load
     if not found:
-        return 0
+        return {}
     state = restore(Path(found), config, engine.step)
     say(f"resumed from {found} at step {state['step']}")
     changed = differences(state.get("environment", {}), fingerprint(config))
     if changed:
         say(f"the environment is not the checkpoint's, so the run may not be bitwise the same: {changed}")
-    return int(state["step"])
+    return state

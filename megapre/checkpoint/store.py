@@ -426,12 +426,16 @@ def _damage(path: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def newest_valid(root: Path, *, log: Callable[[str], None]) -> Path | None:
+def newest_valid(root: Path, *, log: Callable[[str], None], at_most: int | None = None) -> Path | None:
     """The newest checkpoint that passes `check` in full, None when there is none; one logged line per one passed over.
+
+    With ``at_most``, of those of that step or before.
 
     Reads every byte of the candidates, so one rank calls it and tells the others.
     """
     for entry in reversed(list_checkpoints(root)):
+        if at_most is not None and entry.step > at_most:
+            continue
         problems = [entry.problem] if entry.problem else check(entry.path)
         if not problems:
             return entry.path
@@ -466,6 +470,13 @@ def prune(root: Path, keep_last: int, keep_every: int, *, saved: Path | None = N
     for path in removed:
         _remove(path, path in finished)
     return removed
+
+
+def remove_after(root: Path, step: int) -> None:
+    """Remove the finished checkpoints of later steps: a run that goes back to ``step`` must not resume from them."""
+    for entry in list_checkpoints(root):
+        if entry.finished and entry.step > step:
+            _remove(entry.path, True)
 
 
 def _remove(path: Path, finished: bool) -> None:

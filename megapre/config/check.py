@@ -41,6 +41,7 @@ CHOICES = {
     "schedule.kind": ("cosine", "linear", "wsd", "inverse-sqrt", "piecewise", "constant"),
     "precision.dtype": ("fp32", "bf16", "fp16", "fp64"),
     "train.device": ("auto", "cpu", "cuda"),
+    "resilience.on_nonfinite": ("skip", "rerun"),
 }
 
 COUNT, NATURAL, POSITIVE, NON_NEGATIVE = "at least 1", "at least 0", "greater than 0", "at least 0"
@@ -113,6 +114,13 @@ RANGES = {
     "monitor.peak_tflops": NON_NEGATIVE,
     "resilience.max_restarts": NATURAL,
     "resilience.timeout": COUNT,
+    "resilience.heartbeat": NON_NEGATIVE,
+    "resilience.max_skips": COUNT,
+    "resilience.spike_zscore": NON_NEGATIVE,
+    "resilience.spike_window": COUNT,
+    "resilience.spike_skip": COUNT,
+    "resilience.max_rewinds": NATURAL,
+    "resilience.digest_interval": NATURAL,
 }
 LARGEST = 2**63 - 1
 
@@ -479,6 +487,14 @@ def allowed_changes_are_keys(config: Config) -> str | None:
     return None
 
 
+def skipped_batches_exist(config: Config) -> str | None:
+    """Batches are counted from 0, each once."""
+    skipped = config.data.skip_batches
+    if skipped and (min(skipped) < 0 or len(set(skipped)) < len(skipped)):
+        return f"data.skip_batches must name batches from 0 on, each once, not {skipped}"
+    return None
+
+
 RULES = (
     heads_divide_hidden,
     kv_heads_divide_heads,
@@ -505,4 +521,5 @@ RULES = (
     loss_scale_is_exact,
     run_dir_is_named,
     allowed_changes_are_keys,
+    skipped_batches_exist,
 )

@@ -145,6 +145,8 @@ class DataConfig:
     """Local folder for parts of remote paths (``s3://...``); empty: ``megapre-cache`` among the temporary files."""
     cache_gib: float = 8.0
     """Largest size of a rank's part of ``cache_dir``, in GiB."""
+    skip_batches: list[int] = field(default_factory=list)
+    """Numbers of global batches to leave out of the run; batch n holds samples [n G, (n + 1) G) of the order."""
 
 
 @dataclass(frozen=True)
@@ -322,9 +324,27 @@ class ResilienceConfig:
     """What happens when ranks fail."""
 
     max_restarts: int = 3
-    """Times that the local launcher restarts failed ranks."""
+    """Restarts in a row that get no further (over several nodes: in all) before the local launcher gives up."""
+    heartbeat: float = 120.0
+    """Seconds of silence after which a rank of the local launcher is suspected to hang; 0: never."""
     timeout: int = 600
     """Seconds after which a collective that makes no progress fails."""
+    on_nonfinite: str = "skip"
+    """A step with a NaN or an infinity: ``skip`` its update, or ``rerun`` it from the last checkpoint once first."""
+    max_skips: int = 10
+    """Steps in a row that may be skipped before the run gives up."""
+    spike_zscore: float = 0.0
+    """Robust standard deviations above the recent median that make a loss or gradient norm a spike; 0: none does."""
+    spike_window: int = 128
+    """Recent steps that a spike is measured against."""
+    spike_skip: int = 1
+    """Batches left out after a spike: the one that spiked and those before it."""
+    max_rewinds: int = 8
+    """Returns to a checkpoint within ``spike_window`` steps before the run gives up."""
+    digest_interval: int = 100
+    """Steps between comparisons of the replicas' bits, made before every save besides; 0: never."""
+    selftest: bool = True
+    """Let every rank compute and communicate known answers before it trains."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Batches of a data-parallel rank, as torch CPU tensors laid out [seq, batch].
 
-Step k holds the G samples of the run from F on, G the global batch and F = k G unless it ramps up (``config.ramp``);
-microbatch m of rank d of D holds F + (m D + d) b + [0, b). So the samples of a step depend on nothing but k and the
-job's data settings.
+Batch k holds the G samples of the run from F on, G the global batch and F = k G unless it ramps up (``config.ramp``);
+microbatch m of rank d of D holds F + (m D + d) b + [0, b). Step k runs batch k, or a later one where batches are
+skipped. So the samples of a step depend on nothing but k, the skipped batches and the job's data settings.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Loader:
         data_size: int,
         split: str = "train",
         start_step: int = 0,
+        skipped: Sequence[int] = (),
     ) -> None:
         self._steps, micro = Steps(config), config.train.microbatch
         for batch in self._steps.batches():
@@ -83,6 +84,7 @@ class Loader:
         self._rank, self._size = data_rank, data_size
         self._samples = Samples(config, vocab_size=vocab_size, split=split)
         self._next = start_step
+        self._skipped = tuple(sorted(skipped))
         self._prefetch = config.data.prefetch
         self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(max(1, self._prefetch))
         self._closed = threading.Event()
@@ -91,7 +93,7 @@ class Loader:
 
     def step_batch(self, step: int) -> StepBatch:
         """The batch of ``step`` on this rank: a pure function of the step."""
-        microbatches, plan = [], self._steps.at(step)
+        microbatches, plan = [], self._steps.at(batch_number(step, self._skipped))
         if self._samples.cache is not None:
             for ahead in range(step, step + LOOKAHEAD):
                 for number in self._mine(ahead):
@@ -105,7 +107,7 @@ class Loader:
 
     def _mine(self, step: int) -> Iterator[int]:
         """Numbers of this rank's samples of a step."""
-        plan = self._steps.at(step)
+        plan = self._steps.at(batch_number(step, self._skipped))
         for first in range(self._rank * self._micro, plan.samples, self._size * self._micro):
             yield from range(plan.first + first, plan.first + first + self._micro)
 
@@ -159,6 +161,15 @@ class Loader:
             if isinstance(item, BaseException):
                 return
             step += 1
+
+
+def batch_number(step: int, skipped: Sequence[int]) -> int:
+    """The batch that ``step`` runs: the one after ``step`` others, those in ``skipped`` (rising) not counted."""
+    for number in skipped:
+        if number > step:
+            break
+        step += 1
+    return step
 
 
 def validation(config: Config, *, vocab_size: int, data_rank: int, data_size: int) -> list[Microbatch]:

@@ -14,6 +14,8 @@ class LossScale:
     For every other number format it is 1 for good.
     """
 
+    LEAST = 2.0**-24
+
     def __init__(self, precision: PrecisionConfig, device: torch.device) -> None:
         self.dynamic = precision.dtype == "fp16"
         self.interval = precision.growth_interval
@@ -29,7 +31,7 @@ class LossScale:
         count = torch.where(bad, 0, self.finite_steps + 1)
         grow = count >= self.interval
         factor = torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0))
-        self.value.mul_(factor).clamp_(min=2.0**-24, max=2.0**32)
+        self.value.mul_(factor).clamp_(min=self.LEAST, max=2.0**32)
         self.finite_steps.copy_(torch.where(grow, 0, count))
 
     def state(self) -> dict[str, float]:

@@ -26,6 +26,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megapre.resilience import environment, worker
+from megapre.resilience.pulse import ATTEMPTS, VARIABLE, PulseFile
 from megapre.resilience.ranks import LOOPBACK
 from megapre.resilience.signals import STOP_SIGNALS
 from megapre.resilience.watch import Watch, send
@@ -49,13 +50,18 @@ def launch(
     max_restarts: int = 3,
     threads: int = 0,
     preload: Sequence[str] = (),
+    heartbeat: float = 0.0,
+    timeout: float = 600.0,
+    log: Path | None = None,
 ) -> int:
     """Run ``target(argv)`` on this host's ``world / nnodes`` ranks and return the exit code of all.
 
     ``target`` is a module-level function that returns an exit code, reads its rank from torchrun's variables
     (`ranks.discover`) and installs a `StopRequest`. ``address`` and ``port`` name node 0's
     rendezvous, for ``nnodes`` > 1. The fork server imports the modules ``preload`` for all ranks; none may
-    start a thread or touch a GPU. A crash is restarted up to ``max_restarts`` times and gives 1 then.
+    start a thread or touch a GPU. A crash is restarted, on one host up to ``max_restarts`` times in a row from the
+    same step (``Pulse.resumed``), over nodes so often in all, and gives 1 then. With a ``heartbeat``, in seconds, a
+    rank that hangs is ended as by a crash (`hang`); ``timeout`` bounds its start. Failures go to ``log/events.jsonl``.
     SIGTERM, SIGUSR1 and a first Ctrl-C are forwarded to the ranks; a second Ctrl-C kills them and raises
     KeyboardInterrupt. Raises ValueError when ``world`` is no multiple of ``nnodes``.
     """
@@ -68,11 +74,13 @@ def launch(
     # The agent would hand its own store to the ranks, where keys of the dead attempt stop a restart (gloo).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     folder = tempfile.mkdtemp(prefix="megapre-")
-    board = worker.Board.create(multiprocessing.get_context("forkserver"), local_world, folder)
+    board = worker.Board.create(multiprocessing.get_context("forkserver"), local_world, folder, max_restarts)
+    PulseFile(board.pulse, local_world)
+    os.environ[VARIABLE] = str(board.pulse)
     before = _take_signals(board)
     try:
         _start_fork_server(preload)
-        watch = Watch(board, node_rank * local_world)
+        watch = Watch(board, node_rank * local_world, heartbeat=heartbeat, starting=timeout, log=log)
         watch.start()
         try:
             return _supervise(target, argv, board, local_world, nnodes, node_rank, address, port, max_restarts)
@@ -81,6 +89,7 @@ def launch(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.environ.pop(VARIABLE, None)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -162,7 +171,8 @@ def _supervise(
         rdzv_backend="c10d",
         rdzv_endpoint=endpoint,
         rdzv_configs=rendezvous,
-        max_restarts=max_restarts,
+        # On one host the ranks themselves count (`worker.run`): only they know whether an attempt got any further.
+        max_restarts=max_restarts if nnodes > 1 else ATTEMPTS,
         start_method="forkserver",
         local_addr=_own_address(nnodes, node_rank, address, port),
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),

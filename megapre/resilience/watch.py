@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -9,9 +10,11 @@ import threading
 import time
 from pathlib import Path
 
+from megapre.resilience.hang import Silence, culprit
+from megapre.resilience.pulse import PulseFile
 from megapre.resilience.worker import Board
 
-GRACE = 5.0
+GRACE = 3.0
 """Seconds between the end of one rank and SIGKILL for the others."""
 POLL = 0.2
 
@@ -24,10 +27,18 @@ class Watch(threading.Thread):
     returned, so the survivors get `GRACE` seconds.
     """
 
-    def __init__(self, board: Board, first_rank: int) -> None:
+    def __init__(
+        self, board: Board, first_rank: int, *, heartbeat: float = 0.0, starting: float = 600.0, log: Path | None = None
+    ) -> None:
+        """``heartbeat`` is the least silence in seconds that makes a rank suspect, 0 for none; ``log`` a folder."""
         super().__init__(name="rank-watch", daemon=True)
         self._board = board
         self._first_rank = first_rank
+        self._heartbeat, self._starting, self._log = heartbeat, starting, log
+        self._pulse = PulseFile(board.pulse)
+        self._silence = [Silence() for _ in board.pids]
+        self._asked = 0.0
+        self._hung: set[int] = set()
         self._finished = threading.Event()
 
     def run(self) -> None:
@@ -37,6 +48,41 @@ class Watch(threading.Thread):
             working = [pid for pid, returned in zip(pids, self._board.returned) if pid and not returned]
             if any(not alive(pid) for pid in working) or (self._board.refused.value and working):
                 self._end_attempt(pids)
+            elif self._heartbeat:
+                self._listen({slot: pid for slot, pid in enumerate(pids) if pid and not self._board.returned[slot]})
+
+    def _listen(self, working: dict[int, int]) -> None:
+        """End a rank that has hung, which ends the attempt: at most one look at the stacks every `heartbeat`."""
+        waits = {slot: self._silence[slot].look(self._pulse.beats(slot)) for slot in working}
+        over = any(
+            seconds > self._silence[slot].limit(self._heartbeat, self._starting) for slot, seconds in waits.items()
+        )
+        if not over or time.monotonic() - self._asked < self._heartbeat:
+            return
+        self._asked = time.monotonic()
+        longest = sorted((slot for slot in waits if waits[slot] > self._heartbeat / 2), key=lambda slot: -waits[slot])
+        found = culprit([(slot, working[slot]) for slot in longest], self._board.stack)
+        if found is None:
+            return
+        slot, phase, stack = found
+        rank = self._first_rank + slot
+        _say(f"megapre: rank {rank} hung for {waits[slot]:.0f} s in {phase}\n{stack}")
+        self._event("hang", rank=rank, seconds=round(waits[slot], 1), phase=phase, stack=stack)
+        self._hung.add(slot)
+        send(working[slot], signal.SIGKILL)
+
+    def _event(self, event: str, **fields: object) -> None:
+        """A line of ``events.jsonl``, with the last operations of each rank of this host."""
+        if self._log is None:
+            return
+        flight = {str(self._first_rank + slot): self._pulse.flight(slot) for slot in range(len(self._silence))}
+        line = json.dumps({"time": time.time(), "event": event, **fields, "flight": flight})
+        try:
+            self._log.mkdir(parents=True, exist_ok=True)
+            with open(self._log / "events.jsonl", "a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            _say(f"megapre: {self._log}/events.jsonl cannot be written: {error.strerror}\n")
 
     def finish(self) -> None:
         """Stop looking and report a failure that has not been reported yet."""
@@ -64,17 +110,22 @@ class Watch(threading.Thread):
                 self._board.pids[slot] = 0
                 if not (Path(self._board.folder) / f"rank_{self._first_rank + slot}.txt").exists():
                     silent.append(self._first_rank + slot)
-        for rank in silent:
+        hung = {self._first_rank + slot for slot in self._hung}
+        self._hung.clear()
+        # One headline: of a hang, it has been said, and what follows is its consequence.
+        for rank in silent if not hung else ():
+            self._event("killed", rank=rank)
             _say(f"megapre: rank {rank} was killed by a signal (the kernel sends one when memory runs out)\n")
         files = sorted(Path(self._board.folder).glob("rank_*.txt"), key=lambda path: path.stat().st_mtime_ns)
         texts = {int(path.stem.partition("_")[2]): path.read_text(encoding="utf-8") for path in files}
         for path in files:
             path.unlink()
         # After a kill, the other ranks only report that a peer is gone.
-        if texts and not silent:
+        if texts and not silent and not hung:
             first = _last_line(next(iter(texts.values())))
             sharing = [rank for rank, text in texts.items() if _last_line(text) == first]
             text = texts[min(sharing)]
+            self._event("failed", rank=min(sharing), ranks=sharing, error=first)
             _say(text if text.startswith("megapre: ") else f"megapre: rank {min(sharing)} failed\n{text}")
 
 

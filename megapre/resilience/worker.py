@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 import megapre
 from megapre.config.check import ConfigError
+from megapre.resilience.pulse import PulseFile
 
 DONE, FAILED, BAD_JOB, STOPPED = 0, 1, 2, 75
 """Exit codes: done, failed, refused job, stopped early with a checkpoint (requeue me)."""
@@ -37,10 +39,12 @@ class Board:
     refused: Any
     """int32: 1 once a rank has refused the job; a restart would refuse it again."""
     folder: str
-    """Where each failing rank leaves its traceback as ``rank_R.txt``."""
+    """Where each failing rank leaves its traceback as ``rank_R.txt``, and one asked for its stack ``stack_R.txt``."""
+    restarts: int
+    """Restarts in a row that may begin where the attempt before began."""
 
     @classmethod
-    def create(cls, context: Any, local_world: int, folder: str) -> Board:
+    def create(cls, context: Any, local_world: int, folder: str, restarts: int = 3) -> Board:
         """An empty board in memory that processes of the ``multiprocessing`` context can share."""
         return cls(
             context.RawArray("q", local_world),
@@ -48,7 +52,17 @@ class Board:
             context.RawValue("i", 0),
             context.RawValue("i", 0),
             folder,
+            restarts,
         )
+
+    @property
+    def pulse(self) -> Path:
+        """The file of `PulseFile`."""
+        return Path(self.folder, "pulse")
+
+    def stack(self, slot: int) -> Path:
+        """Where a rank writes its stack on SIGUSR2."""
+        return Path(self.folder, f"stack_{slot}.txt")
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -73,15 +87,25 @@ def run(target: Callable[[list[str]], int], argv: list[str], board: Board) -> in
     rank, slot = os.environ["RANK"], int(os.environ["LOCAL_RANK"])
     _die_with_supervisor()
     board.returned[slot] = 0
+    pulse = PulseFile(board.pulse)
+    pulse.clear(slot)
+    # Written by a handler in C, which needs no interpreter; it must stand before anybody knows this process.
+    stack = open(board.stack(slot), "a")
+    faulthandler.register(signal.SIGUSR2, file=stack, all_threads=False)
     board.pids[slot] = os.getpid()
     if board.stop.value:
         os.kill(os.getpid(), board.stop.value)
     if board.refused.value:
         return _returned(board, slot, BAD_JOB)
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    fruitless = pulse.fruitless(restarts)
     if restarts and rank == "0":
-        allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "?")
-        print(f"megapre: restart {restarts} of {allowed}", file=sys.stderr, flush=True)
+        text = f"restart {fruitless} of {board.restarts}" + (f", {restarts} in all" if restarts > fruitless else "")
+        if fruitless > board.restarts:
+            text = f"{fruitless} attempts in a row began at the same step: giving up (resilience.max_restarts)"
+        print(f"megapre: {text}", file=sys.stderr, flush=True)
+    if fruitless > board.restarts:
+        return _returned(board, slot, FAILED)
     try:
         code = target(argv)
     except BaseException as error:

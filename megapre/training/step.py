@@ -22,7 +22,7 @@ from megapre.optim.adamw import AdamW
 from megapre.optim.clip import GradientNorm
 from megapre.optim.scaler import LossScale
 from megapre.parallel.pipeline.actions import Action
-from megapre.parallel.pipeline.executor import Executor
+from megapre.parallel.pipeline.executor import Executor, Memory
 from megapre.parallel.pipeline.schedules import plans
 from megapre.parallel.placement import Address
 from megapre.parallel.tensor import LossTerms
@@ -45,6 +45,10 @@ class StepResult:
     """Root mean square of each block's output, when asked for."""
     routing: dict[str, Tensor]
     """Expert loads and auxiliary losses, by name; empty without experts."""
+    local_loss: Tensor
+    """This rank's part of the loss, before it was summed."""
+    norms: Tensor
+    """Sum of squares of each piece of gradient that this rank speaks for (``GradientNorm.names``)."""
 
 
 class TrainStep:
@@ -61,6 +65,7 @@ class TrainStep:
         self.scaler = LossScale(config.precision, model.device)
         self.norm = GradientNorm(model.flat, kernels)
         self.routing = Routing(config, model)
+        self.local_loss = self.norm.zero.clone()
         self._plans: dict[tuple[int, bool], list[Action]] = {}
 
     def __call__(self, microbatches: Sequence[Microbatch], targets: int, step: int, lr: float) -> StepResult:
@@ -83,19 +88,28 @@ class TrainStep:
         """Clip and update."""
         scale = self.scaler.value.clone()
         norm = self.norm() / scale
-        skip = (~torch.isfinite(norm)).to(torch.float32)
+        skip = (~torch.isfinite(norm + loss)).to(torch.float32)
         clip = self.config.optimizer.clip
         divisor = scale * torch.clamp(norm / clip, min=1.0) if clip else scale
         rate = torch.tensor(lr, dtype=norm.dtype).to(norm.device, non_blocking=True)
         self.optimizer.step(rate, divisor, skip)
         self.scaler.update(skip)
         self.routing.update(skip)
-        return StepResult(loss, norm, skip, scale, rms, self.routing.metrics())
+        return StepResult(loss, norm, skip, scale, rms, self.routing.metrics(), self.local_loss, self.norm.parts)
 
     def pieces(self, *, share: bool) -> Iterator[tuple[Address, Tensor]]:
         """All that a checkpoint holds, as addressed flat tensors; ``share`` as in the optimizer."""
         yield from self.optimizer.pieces(share=share)
         yield from self.routing.pieces(share=share)
+
+    def own_gradients(self, microbatches: Sequence[Microbatch], targets: int, step: int, memory: Memory) -> None:
+        """Run the batch again, for a diagnosis, with what the executor says going to ``memory``; ranks call together.
+
+        The gradients it leaves are those of no step: the next one starts from zero.
+        """
+        self.flat.gradients.begin()
+        contexts = self._contexts(microbatches, targets, step, False, training=True)
+        self.executor.run(self._plan(len(contexts), True), contexts, _shape(microbatches), memory)
 
     def evaluate(self, microbatches: Sequence[Microbatch], targets: int) -> Tensor:
         """Mean loss over held-out ``microbatches``, dropout off, on every rank."""
@@ -137,6 +151,7 @@ class TrainStep:
         total = torch.stack(losses).sum() if losses else self.norm.zero.clone()
         if self.grid.tensor.rank:
             total = torch.zeros_like(total)  # tensor ranks hold equal losses: one speaks
+        self.local_loss = total.clone()
         self.grid.world.all_reduce(total).wait()
         return total
 

@@ -20,12 +20,13 @@ from megapre.checkpoint.reshard import CheckpointError
 from megapre.checkpoint.writer import Saver
 from megapre.config.ramp import Steps
 from megapre.config.schema import Config
-from megapre.data.loader import Loader, Microbatch, StepBatch
+from megapre.data.loader import Loader, Microbatch, StepBatch, batch_number
 from megapre.monitor.fingerprint import fingerprint
 from megapre.monitor.metrics import Monitor
 from megapre.monitor.throughput import Throughput
 from megapre.optim.schedule import learning_rate
 from megapre.parallel.comm import Axis, Work
+from megapre.training.rewind import Trouble, Watcher, batches_of, checkpoint_before, skipped_batches
 from megapre.training.step import StepResult, TrainStep
 
 DONE, STOPPED = 0, 75
@@ -72,22 +73,35 @@ class Ahead:
         return self.batch, targets // self.replicas, stop > 0, save > 0, written == self.host.size
 
 
+Late = tuple[StepBatch, int, float, StepResult]
+"""A step whose result is not read yet: batch, target tokens, learning rate, result."""
+
+
 class Trainer:
-    """Runs a job from ``start`` (0-based step) to its end."""
+    """Runs a job to its end."""
 
     def __init__(
         self,
         config: Config,
         step: TrainStep,
-        loader: Loader,
+        open_loader: Callable[[int, Sequence[int]], Loader],
         validation: list[Microbatch],
         monitor: Monitor,
         throughput: Throughput,
         stop_requested: Callable[[], bool],
-        start: int,
+        guard: Watcher,
+        state: dict[str, Any],
     ) -> None:
-        self.config, self.step, self.loader, self.validation = config, step, loader, validation
-        self.monitor, self.throughput, self.stop_requested, self.done = monitor, throughput, stop_requested, start
+        """Start from the checkpoint's ``state``, or from step 0 where it is empty.
+
+        ``open_loader`` opens the batches from a step on, without those of the given numbers.
+        """
+        self.config, self.step, self.open_loader, self.validation = config, step, open_loader, validation
+        self.monitor, self.throughput, self.stop_requested, self.guard = monitor, throughput, stop_requested, guard
+        self.done = start = int(state.get("step", 0))
+        self.skipped = skipped_batches(state, config.data.skip_batches)
+        self.loader = open_loader(start, self.skipped)
+        guard.load(state.get("guard", {}), start)
         self.grid = step.grid
         self.host = HostSync(self.grid.host)
         self.saver = self._saver(Path(config.train.run_dir) / "checkpoints")
@@ -104,7 +118,7 @@ class Trainer:
         if config.checkpoint.async_save and (config.checkpoint.interval or config.checkpoint.minutes):
             self.saver.prepare(self.step.pieces(share=True), config.checkpoint.host_memory)
         ahead = self._ahead() if self.done < config.train.steps else None
-        late: tuple[int, float, StepResult] | None = None
+        late: Late | None = None
         code = DONE
         while ahead is not None:
             batch, targets, stop, save, written = ahead.ready()
@@ -117,21 +131,28 @@ class Trainer:
             ahead = self._ahead() if self.done < config.train.steps else None
             rate = learning_rate(config, index)
             result = self.step(batch.microbatches, targets, index, rate)
-            if late is not None:
-                self._log(*late)
-            self.throughput.begin(self.steps.at(index).samples)
-            late = (index, rate, result)
+            trouble = self._log(*late) if late else None
+            self.throughput.begin(self.steps.at(batch_number(index, self.skipped)).samples)
+            late = (batch, targets, rate, result)
             save = save and self.saved != index  # a wish from before the last save is granted already
             due_eval, due_save = self._due(config.train.eval_interval), save or self._due(config.checkpoint.interval)
-            if due_eval or due_save or ahead is None:
-                self._log(*late)
+            verify = self.guard.due(self.done) or due_save
+            if not trouble and (due_eval or verify or ahead is None):
+                trouble = self._log(*late)
                 late = None
+            if not trouble and verify:
+                trouble = self.guard.verify(self.done)
+            if trouble and self._go_back(trouble, ahead):
+                ahead, late = self._ahead(), None
+                continue
             if due_eval or ahead is None:
                 self.evaluate()
             if due_save:
                 self.save()
         if late is not None:
-            self._log(*late)
+            trouble = self._log(*late)
+            if trouble:
+                self._go_back(trouble, ahead)
         if code == DONE and self.evaluated != self.done:
             self.evaluate()
         self._reported(self.saver.finish)
@@ -183,12 +204,14 @@ class Trainer:
         """What a checkpoint holds besides tensors; the data position is the step alone (order is computed)."""
         return {
             "step": self.done,
-            "samples": self.steps.at(self.done).first,
+            "samples": self.steps.at(batch_number(self.done, self.skipped)).first,
             "loss_scale": self.step.scaler.state(),
             "optimizer_steps": int(self.step.optimizer.steps),
             "vocab_size": self.step.model.vocab_size,
             "job": asdict(self.config),
             "environment": self.environment,
+            "guard": self.guard.state(),
+            "skipped_batches": self.skipped,
         }
 
     def _ahead(self) -> Ahead:
@@ -206,9 +229,41 @@ class Trainer:
         self.grid.host.all_reduce(total).wait()
         return max(1, int(total) * self.grid.data.size // self.grid.world.size)
 
-    def _log(self, index: int, rate: float, result: StepResult) -> None:
-        loss = float(result.loss)  # waits for the step
+    def _go_back(self, trouble: Trouble, ahead: Ahead | None) -> bool:
+        """Load a checkpoint from before ``trouble``; whether there was one. RuntimeError where there must be."""
+        self._reported(self.saver.finish)
+        path = checkpoint_before(self.saver.root, trouble.first, self.grid.world.rank, self.host, self.monitor.text)
+        if path is None:
+            text = f"{trouble.reason}; there is no checkpoint of step {trouble.first} or before to go back to"
+            if trouble.fatal:
+                raise RuntimeError(text)
+            self.monitor.text(f"{text}, so the run goes on: set checkpoint.interval")
+            return False
+        if ahead is not None:
+            ahead.ready()  # its sums are under way on all ranks
+        self.loader.close()
+        state = restore(path, self.config, self.step)
+        self.done = self.saved = int(state["step"])
+        self.evaluated = -1
+        left_out = batches_of(trouble.skip, self.skipped)
+        self.skipped = sorted({*self.skipped, *left_out})
+        self.guard.load(state.get("guard", {}), self.done)
+        self.loader = self.open_loader(self.done, self.skipped)
+        self.monitor.started(self.done)
+        plans = [(number, self.steps.at(number)) for number in left_out]
+        names = ", ".join(f"{n} (samples {plan.first} to {plan.first + plan.samples - 1})" for n, plan in plans)
+        without = f" without batch {names}" if left_out else ""
+        self.monitor.text(f"{trouble.reason}; going on from step {self.done}{without}")
+        return True
+
+    def _log(self, batch: StepBatch, targets: int, rate: float, result: StepResult) -> Trouble | None:
+        """Report a step and have it judged; waits for it."""
+        index, loss = batch.step, float(result.loss)
         self.throughput.end()
+        self._report(index, loss, rate, result)
+        return self.guard.observe(result, batch, targets)
+
+    def _report(self, index: int, loss: float, rate: float, result: StepResult) -> None:
         if (index + 1) % self.config.monitor.interval and index + 1 != self.config.train.steps:
             return
         values = {

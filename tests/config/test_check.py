@@ -44,6 +44,7 @@ def test_defaults_pass_and_data_resolves() -> None:
     ("settings", "world", "parts"),
     [
         ({"model__heads": 3}, None, ["model.hidden (64)", "model.heads (3)"]),
+        ({"data__skip_batches": [3, 3]}, None, ["data.skip_batches", "[3, 3]"]),
         ({"checkpoint__allow_changes": ["train.sed"]}, None, ["checkpoint.allow_changes", "train.sed"]),
         ({"model__kv_heads": 3}, None, ["model.heads (4)", "model.kv_heads (3)"]),
         ({"model__kv_heads": 8}, None, ["model.kv_heads (8)", "model.heads (4)"]),
@@ -130,8 +131,7 @@ def test_every_number_and_choice_has_a_rule() -> None:
         "data.mask_token", "data.paths", "data.weights", "data.split", "data.tokenizer_model", "train.run_dir",
         "parallel.layers_per_stage", "precision.initial_loss_scale", "checkpoint.load",
         "schedule.milestones", "schedule.factors", "train.batch_ramp", "train.sequence_ramp",
-        "data.stages", "data.cache_dir",
-        "checkpoint.allow_changes",
+        "data.stages", "data.cache_dir", "checkpoint.allow_changes", "data.skip_batches",
     }  # fmt: skip
     for table in dataclasses.fields(Config):
         for entry in dataclasses.fields(getattr(Config(), table.name)):

@@ -1,15 +1,23 @@
 """A small job under the launcher, run as a process by ``test_launcher``: ``launched.py WORLD MODE [CODE]``."""
 
+import ctypes
 import os
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 from megapre.resilience.launcher import launch
 
 
+def hold_the_interpreter() -> None:
+    """Native code that never gives the interpreter back."""
+    ctypes.PyDLL(None).sleep(1000)
+
+
 def rank_main(argv: list[str]) -> int:
     """One rank: join the others, then do what the mode says."""
+    from megapre.resilience.pulse import Pulse
     from megapre.resilience.ranks import Ranks, discover
     from megapre.resilience.rendezvous import open_store
     from megapre.resilience.signals import StopRequest
@@ -35,8 +43,21 @@ def rank_main(argv: list[str]) -> int:
         from megapre.config.check import ConfigError
 
         raise ConfigError("the job is bad on one rank")
+    pulse, turn = Pulse(os.environ), 0
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if mode == "no-progress" or (mode == "progress" and attempt < 4):
+        pulse.resumed(attempt if mode == "progress" else 7)
+        dist.barrier()
+        raise RuntimeError("it happens again")
+    if mode == "progress":
+        return 0
     while True:
-        time.sleep(0.02)
+        turn += 1
+        pulse.beat("world all_reduce 4")
+        if mode == "spin" and ranks.rank == 1 and turn == 40 and attempt == 0:
+            hold_the_interpreter()
+        # "slow": ten times as long as the others from here on.
+        time.sleep(0.2 if mode == "slow" and ranks.rank == 1 and turn > 40 else 0.02)
         flag = torch.tensor([float(stop.requested())])
         # "deaf": rank 0 is busy elsewhere and neither notices a dead peer nor a stop.
         if mode == "deaf" and ranks.rank == 0:
@@ -49,4 +70,6 @@ def rank_main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launch(int(sys.argv[1]), rank_main, sys.argv[2:], max_restarts=2, threads=1))
+    heartbeat, log = float(os.environ.get("HEARTBEAT", "0")), os.environ.get("LOG")
+    watching = {"heartbeat": heartbeat, "log": Path(log) if log else None}
+    sys.exit(launch(int(sys.argv[1]), rank_main, sys.argv[2:], max_restarts=2, threads=1, **watching))

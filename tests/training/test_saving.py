@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -13,6 +15,7 @@ from pathlib import Path
 from megapre.checkpoint import store
 from megapre.checkpoint.store import list_checkpoints
 from megapre.config.schema import Config
+from megapre.resilience.lock import run_lock
 from megapre.resilience.ranks import Ranks
 from megapre.training import trainer
 from megapre.verify.cells import parse
@@ -90,3 +93,20 @@ def test_minutes_are_counted_on_one_rank_and_all_save_at_one_step(pool: RankPool
     assert all(b - a >= 2 for a, b in pairwise(steps[:-1])), steps
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len([row for row in rows if row.get("split") == "train"]) == 12
+
+
+def test_a_folder_holds_one_run_at_a_time(tmp_path: Path) -> None:
+    def other() -> subprocess.CompletedProcess[str]:
+        code = (
+            "import sys; from pathlib import Path; from megapre.checkpoint.store import SingleProcess\n"
+            "from megapre.resilience.lock import run_lock\n"
+            "with run_lock(Path(sys.argv[1]), 0, SingleProcess()): print('in')"
+        )
+        return subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True)
+
+    with run_lock(tmp_path / "run", 0, store.SingleProcess()):
+        refused = other()
+        assert refused.returncode == 1, refused.stdout
+        told = f"run is in use by process {os.getpid()} on "
+        assert told in refused.stderr and "set another train.run_dir" in refused.stderr
+    assert other().stdout == "in\n", "the lock ends with its holder"

@@ -1,0 +1,61 @@
+"""The flight record: every operation on every axis is told to the rank's pulse before it is posted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from megapre.parallel.comm import Axis, Work
+from megapre.parallel.grid import AXES, Grid
+from megapre.resilience.pulse import Pulse
+
+
+def recorded(grid: Grid, pulse: Pulse) -> Grid:
+    """``grid`` with every axis telling its operations; the grid itself where nobody watches."""
+    if not pulse.watched:
+        return grid
+    return replace(grid, **{name: RecordedAxis(getattr(grid, name), pulse) for name in AXES})
+
+
+class RecordedAxis(Axis):
+    """An axis that notes each operation before it is posted."""
+
+    def __init__(self, axis: Axis, pulse: Pulse) -> None:
+        super().__init__(axis.name, axis.rank, axis.size, axis.group)
+        self.pulse = pulse
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Work:
+        """As Axis."""
+        self.pulse.beat(f"{self.name} all_reduce {tensor.nbytes}")
+        return super().all_reduce(tensor, op)
+
+    def all_gather(self, output: Tensor, shard: Tensor) -> Work:
+        """As Axis."""
+        self.pulse.beat(f"{self.name} all_gather {output.nbytes}")
+        return super().all_gather(output, shard)
+
+    def reduce_scatter(self, shard: Tensor, tensor: Tensor) -> Work:
+        """As Axis."""
+        self.pulse.beat(f"{self.name} reduce_scatter {tensor.nbytes}")
+        return super().reduce_scatter(shard, tensor)
+
+    def all_to_all(self, output: Tensor, tensor: Tensor) -> Work:
+        """As Axis."""
+        self.pulse.beat(f"{self.name} all_to_all {tensor.nbytes}")
+        return super().all_to_all(output, tensor)
+
+    def send(self, tensor: Tensor, to: int) -> Work:
+        """As Axis."""
+        self.pulse.beat(f"{self.name} send {tensor.nbytes} to {to}")
+        return super().send(tensor, to)
+
+    def recv(self, tensor: Tensor, source: int) -> Work:
+        """As Axis."""
+        self.pulse.beat(f"{self.name} recv {tensor.nbytes} from {source}")
+        return super().recv(tensor, source)
+
+    def exchange(self, tensor: Tensor, to: int, received: Tensor, source: int) -> Work:
+        """As Axis."""
+        self.pulse.beat(f"{self.name} exchange {tensor.nbytes} with {to}, {source}")
+        return super().exchange(tensor, to, received, source)
