@@ -169,8 +169,8 @@ def _print_search(console: Console, found: Found, seconds: float) -> None:
         layout = entry.job.layout
         schedule = layout.schedule + (f":{layout.chunks}" if layout.chunks > 1 else "")
         table.add_row(
-            str(layout.tensor), str(layout.pipeline), schedule, str(layout.context), str(layout.expert), str(layout.data),
-            str(layout.zero), str(layout.microbatch), layout.recompute, f"{entry.time.step:.3f}",
+            str(layout.tensor), str(layout.pipeline), schedule, str(layout.context), str(layout.expert),
+            str(layout.data), str(layout.zero), str(layout.microbatch), layout.recompute, f"{entry.time.step:.3f}",
             f"{entry.memory.total / GIB:.1f}", f"{entry.time.bubble / entry.time.step:.1%}",
         )  # fmt: skip
     console.print(table)

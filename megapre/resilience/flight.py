@@ -40,10 +40,12 @@ class RecordedAxis(Axis):
         self.pulse.beat(f"{self.name} reduce_scatter {tensor.nbytes}")
         return super().reduce_scatter(shard, tensor)
 
-    def all_to_all(self, output: Tensor, tensor: Tensor) -> Work:
+    def all_to_all(
+        self, output: Tensor, tensor: Tensor, received: list[int] | None = None, sent: list[int] | None = None
+    ) -> Work:
         """As Axis."""
         self.pulse.beat(f"{self.name} all_to_all {tensor.nbytes}")
-        return super().all_to_all(output, tensor)
+        return super().all_to_all(output, tensor, received, sent)
 
     def send(self, tensor: Tensor, to: int) -> Work:
         """As Axis."""
