@@ -95,8 +95,8 @@ MUTANTS = (
     Mutant(
         "gradients-of-the-last-step-stay",
         "megapre/parallel/zero.py",
-        "        for room in self.rooms:\n            room.tensor.zero_()\n",
-        "",
+        "            room.tensor.zero_()\n        self._waiting",
+        "            pass\n        self._waiting",
         f"{LAYOUTS}[gpt-1x1x1]",
         "DeepSpeed PR #7839: zero_grad skipped",
     ),
