@@ -25,7 +25,11 @@ FLAGS = ["-fPIC", "-fopenmp", "-fvisibility=hidden"]
 # -Wno-psabi: vector types never cross a function that is not inlined.
 MATH = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 # The generator's bits must not depend on whether a multiply and an add are fused.
-KERNELS = {"kernels.cpp": ["-ffp-contract=fast"], "philox.cpp": ["-ffp-contract=off"]}
+KERNELS = {
+    "kernels.cpp": ["-ffp-contract=fast"],
+    "philox.cpp": ["-ffp-contract=off"],
+    "attention.cpp": ["-ffp-contract=fast"],
+}
 VARIANTS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma"],
@@ -33,6 +37,8 @@ VARIANTS = {
         "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512",
     ],
 }  # fmt: skip
+# AMX: tiles of bf16, for the products of attention alone.
+VARIANTS["amx"] = [*VARIANTS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 Job = tuple[list[str], Path, Path]
 """Command without its output, source, object."""
 
@@ -48,6 +54,8 @@ def cpp_jobs(objects: Path) -> tuple[list[Job], list[str]]:
     jobs: list[Job] = []
     for source, extra in KERNELS.items():
         for variant, flags in VARIANTS.items():
+            if variant == "amx" and source != "attention.cpp":
+                continue
             if variant == "portable" or x86:
                 command = [*compiler, *FLAGS, *MATH, *extra, *flags, f"-DMEGAPRE_VARIANT={variant}"]
                 jobs.append((command, CSRC / "cpu" / source, objects / f"{source}.{variant}.o"))

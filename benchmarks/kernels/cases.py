@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megapre.config.schema import KernelsConfig
 from megapre.kernels import registry, rope
+from megapre.kernels.mask import CAUSAL
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 OURS = registry.choose(KernelsConfig(), CPU, BF16)
@@ -215,6 +216,44 @@ def _copy(to: Tensor, source: Tensor) -> None:
         to.copy_(source)
 
 
+def _attention(length: int, heads: int, dtype: torch.dtype = BF16, d: int = 64, groups: int = 0) -> Case:
+    """Causal attention against torch's scaled_dot_product_attention in the same layout, [seq, batch, heads, d]."""
+    groups = groups or heads
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if groups < heads:
+            k, v = k.repeat_interleave(heads // groups, 2), v.repeat_interleave(heads // groups, 2)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3)
+
+    inputs = [draw(length, 1, n, d, seed=i, dtype=dtype) for i, n in enumerate((heads, groups, groups))]
+    kind = "bf16" if dtype == BF16 else "fp32"
+    return differentiable(
+        f"[{length}, 1, {heads}, {d}], {groups} key heads, causal, {kind}", inputs,
+        lambda q, k, v: OURS.attention(q, k, v, mask=CAUSAL), eager,
+    )  # fmt: skip
+
+
+def attention_256() -> Case:
+    return _attention(256, 16)
+
+
+def attention_1024() -> Case:
+    return _attention(1024, 8)
+
+
+def attention_4096() -> Case:
+    return _attention(4096, 2)
+
+
+def attention_grouped() -> Case:
+    return _attention(1024, 8, d=128, groups=2)
+
+
+def attention_1024_fp32() -> Case:
+    return _attention(1024, 4, torch.float32)
+
+
 HEAD = (8192, 512, 50304)
 """Rows, width and vocabulary of linear + cross-entropy."""
 
@@ -335,6 +374,7 @@ CASES: dict[str, Callable[[], Case]] = {
     case.__name__: case
     for case in (
         rms_norm, layer_norm, add_rms_norm, rope_half, rope_interleaved, swiglu, geglu, bias_gelu,
-        bias_dropout_residual, cross_entropy, linear_cross_entropy, linear_cross_entropy_narrow, adamw, square_sum,
+        bias_dropout_residual, attention_256, attention_1024, attention_4096, attention_grouped, attention_1024_fp32,
+        cross_entropy, linear_cross_entropy, linear_cross_entropy_narrow, adamw, square_sum,
     )
 }  # fmt: skip

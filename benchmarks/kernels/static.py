@@ -39,6 +39,9 @@ class Row:
     """Elements a thread, for straight-line kernels; 0: count loops."""
     loop: int = 0
     """Elements an iteration of the one loop, where its loads do not tell (several streams)."""
+    scores: int = 0
+    """Scores a thread has in one turn of the loop of tensor-core products, for attention: the instructions counted are
+    those of that loop that are no products."""
     lanes: int = 8
     """Elements in 16 bytes."""
     wide: tuple[int, int] = (1, 1)
@@ -56,6 +59,10 @@ class Row:
 ROPE = (
     "fp32 tables and arithmetic take 3.75 by themselves (the peer's 3.4 with bf16 tables rounds each product to bf16), "
     "and four running pointers the rest"
+)
+ATTENTION = (
+    "the static count holds the path of tiles that the diagonal cuts (a mask a score) and the addresses of two staged "
+    "tiles, neither of which a whole tile executes"
 )
 TABLE = (
     Row("RMSNorm forward, width 4096", r"norms::forward<B, B, 2, false, false>", (32, 32), (16, 16), 16, wide=(4, 2),
@@ -89,6 +96,14 @@ TABLE = (
         peer=("rope_qk", "hq=32 hk=8 d=128 bf16 cos=fp32"), missed=ROPE, stands=((64, 4.7), (64, 5.1))),
     Row("RoPE q and k, pairs", r"rotate<B, 8, true>", (64, 64), (4, 4), wide=(6, 4), bytes="4", missed=ROPE,
         stands=((64, 4.7), (64, 5.1))),
+    *(Row(f"attention {name}, D {d}, causal", f"attention::{kernel}", (regs, 255), (budget, budget), scores=32 * part,
+          wide=(0, 0), missed=ATTENTION, stands=((regs, stands), (255, stands)))
+      for name, d, kernel, regs, budget, stands, part in (
+          ("forward", 64, "forward<64, false>", 168, 6.8, 36.0, 1),
+          ("forward", 128, "forward<128, false>", 208, 9.8, 42.0, 1),
+          ("dq", 64, "backward_queries<64, false>", 208, 7.5, 38.0, 1),
+          ("dk, dv", 64, "backward_keys<64, false, true, true>", 255, 7.5, 52.0, 1),
+      )),
     Row("AdamW fp32", r"adamw<None, 4>", (40, 48), (27, 27), 4, wide=(4, 3), bytes="28",
         peer=("apex_fused_adam", "fp32 g,p,m,v")),
     Row("AdamW fp32 and bf16 copy", r"adamw<B, 4>", (40, 48), (27, 27), 4, wide=(4, 3), bytes="30"),
@@ -123,8 +138,16 @@ class Kernel:
         inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
         return [[op for at, op, _ in self.lines if a <= at <= b] for a, b in inner]
 
+    def hot(self) -> list[str]:
+        """Opcodes of the loop with the most tensor-core products, the shortest of such; [] where there is none."""
+        spans = [(target, at) for at, _, target in self.lines if target is not None and target < at]
+        bodies = [[op for at, op, _ in self.lines if a <= at <= b] for a, b in spans]
+        return max(bodies, key=lambda ops: (sum(op.startswith("HMMA") for op in ops), -len(ops)), default=[])
+
     def per_element(self, row: Row) -> float:
         """Instructions an element: all of them, or those of the largest loop of every kind."""
+        if row.scores:
+            return sum(not op.startswith("HMMA") for op in self.hot()) / row.scores
         if row.elements:
             return len(self.lines) / row.elements
         if row.loop:

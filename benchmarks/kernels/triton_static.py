@@ -60,6 +60,12 @@ class Row:
     """LDL and STL anywhere."""
     body: list[int]
     """Instructions of each loop, in the order of the code."""
+    products: int
+    """Tensor-core instructions (HMMA, HGMMA)."""
+    copies: int
+    """Asynchronous copies to shared memory (LDGSTS)."""
+    local_in_loops: int
+    """LDL and STL in innermost loops."""
 
 
 class NoDevice:
@@ -111,7 +117,8 @@ def cases() -> list[Case]:
     """Every kernel in the configuration of the budgets: bf16, width 4096 and the like."""
     norms = [*_norms("RMSNorm", "rms_norm", False), *_norms("LayerNorm", "layer_norm", True)]
     rotations = [_rotation(*shape, mixed) for shape in ((32, 8, 128), (16, 16, 64)) for mixed in (False, True)]
-    return [*norms, *_losses(32000), *_losses(50304), *rotations, *_activations(), *_dropouts(), *_flat()]
+    rest = [*_losses(32000), *_losses(50304), *rotations, *_activations(), *_dropouts(), *_flat()]
+    return [*norms, *rest, *_attention(64)]
 
 
 def _norms(kind: str, peer: str, layer: bool) -> list[Case]:
@@ -192,6 +199,25 @@ def _dropouts() -> list[Case]:
     ]
 
 
+def _attention(width: int) -> list[Case]:
+    """Causal attention; an element is a score."""
+    from megapre.kernels.attention import Problem
+    from megapre.kernels.mask import CAUSAL
+    from megapre.kernels.triton import attention
+
+    q, sums, problem = zeros(256, 1, 2, width, dtype=HALF), zeros(1, 2, 256), Problem(CAUSAL, None, None, 0.125)
+
+    def backward() -> object:
+        return attention._backward_triton(q, q, q, q, sums, sums, problem)
+
+    name = f"attention, d = {width},"
+    return [
+        Case(f"{name} forward", NONE, 128 * 64, True, 0, lambda: attention._forward_triton(q, q, q, problem)),
+        Case(f"{name} dq", NONE, 64 * 64, True, 0, backward),
+        Case(f"{name} dk and dv", NONE, 64 * 64, True, 0, backward, 1),
+    ]
+
+
 def _flat() -> list[Case]:
     from megapre.kernels.triton import launch, optimizer
 
@@ -260,6 +286,7 @@ def measure(case: str, kernel: str, arch: int, compiled, elements: int, looped: 
     wide = sum(op.startswith(("LDG", "STG")) and "128" in op for _, op, _ in code)
     threads = 32 * compiled.metadata.num_warps
     bodies = loops(code)
+    inner = {i for body in bodies if not any(set(o) < set(body) for o in bodies) for i in body}
     counted = len({i for body in bodies for i in body}) if looped else len(code)
     shared = compiled.metadata.shared + (1024 if arch >= 90 else 0)
     per_sm = min(
@@ -269,7 +296,8 @@ def measure(case: str, kernel: str, arch: int, compiled, elements: int, looped: 
     return Row(
         case, kernel, arch, compiled.metadata.num_warps, registers, spills, compiled.metadata.shared, per_sm, len(code),
         round(counted * threads / elements, 1), round(16 * wide * threads / elements, 1),
-        names["LDL"] + names["STL"], [len(body) for body in bodies],
+        names["LDL"] + names["STL"], [len(body) for body in bodies], names["HMMA"] + names["HGMMA"], names["LDGSTS"],
+        sum(code[i][1].startswith(("LDL", "STL")) for i in inner),
     )  # fmt: skip
 
 

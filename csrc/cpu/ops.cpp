@@ -16,7 +16,7 @@ Variant pick() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (wanted.empty() || wanted == "avx512")) return {"avx512", &avx512::kernels, &avx512::random};
+  if (has_avx512 && (wanted.empty() || wanted == "avx512" || wanted == "amx")) return {"avx512", &avx512::kernels, &avx512::random};
   if (has_avx2 && (wanted.empty() || wanted == "avx2")) return {"avx2", &avx2::kernels, &avx2::random};
 #endif
   return {"portable", &portable::kernels, &portable::random};

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "attention.h"
 #include "kernels.h"
 
 namespace megapre {
@@ -24,6 +25,10 @@ struct Variant {
 };
 
 const Variant& variant();
+
+// The attention kernels of this machine, by Type: as `variant`, or AMX tiles where the processor and the kernel of the
+// operating system have them.
+const AttentionKernels* attention_kernels();
 
 inline Type type_of(const Tensor& x) {
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "expected fp32 or bf16, got ",

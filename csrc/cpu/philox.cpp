@@ -2,6 +2,7 @@
 // Compiled once per instruction set, with -ffp-contract=off: a fused multiply-add would round differently from the
 // reference. Plain loops over arrays, which the compiler vectorises.
 #include "kernels.h"
+#include "philox.h"
 #include "simd.h"
 
 namespace megapre {
@@ -12,19 +13,6 @@ constexpr int64_t BLOCK = 64;  // counters at a time; four words each
 struct Block {
   uint32_t x[4][BLOCK];
 };
-
-INLINE void rounds(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
-#pragma GCC unroll 10
-  for (int r = 0; r < 10; r++) {
-    const uint64_t p0 = (uint64_t)c0 * 0xD2511F53u, p1 = (uint64_t)c2 * 0xCD9E8D57u;
-    c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
-    c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
-    c1 = (uint32_t)p1;
-    c3 = (uint32_t)p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-}
 
 static void philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
   memcpy(out, counter, 16);

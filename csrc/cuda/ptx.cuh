@@ -39,6 +39,45 @@ inline void copy_wait() {
   for (int bytes; simt::pending_take(GROUPS, &to, &from, &bytes);) land(to, from, bytes);
 }
 
+// Four 8 x 8 matrices of 16-bit elements; lanes 8 i .. 8 i + 7 hold the addresses of matrix i's rows. Lane l gets elements
+// 2 (l % 4), + 1 of row l / 4, or, transposed, of column l / 4.
+template <bool TRANSPOSED>
+inline void load_matrices(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
+  if ((uintptr_t)row & 15) simt::fail("ldmatrix of an address that is no multiple of 16", line);
+  const unsigned char* rows = simt::exchange(~0u, &row, sizeof row, line);
+  const int lane = simt::current.lane, across = lane / 4, along = lane % 4 * 2;
+  for (int i = 0; i < 4; i++) {
+    uint32_t pair[2];
+    for (int e = 0; e < 2; e++) {
+      const int at = TRANSPOSED ? along + e : across, column = TRANSPOSED ? across : along + e;
+      pair[e] = simt::lane_value<const uint16_t*>(rows, 8 * i + at)[column];
+    }
+    r[i] = pair[0] | pair[1] << 16;
+  }
+}
+// d += a b of bf16, 16 x 16 and 16 x 8; lane 4 g + t holds of a rows g and g + 8 at columns 2 t, + 1 (then + 8), of b
+// column g at rows 2 t, + 1 (then + 8), of d rows g and g + 8 at columns 2 t, + 1.
+inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE()) {
+  struct Four { uint32_t x[4]; };
+  struct Two { uint32_t x[2]; };
+  const int g = simt::current.lane / 4, t = simt::current.lane % 4;
+  const unsigned char* left = simt::exchange(~0u, a, sizeof a, line);
+  Four rows[4];  // copied now: a slot is overwritten by the meeting after the next
+  for (int k = 0; k < 4; k++) rows[k] = simt::lane_value<Four>(left, 4 * g + k);
+  const Two own = {{b0, b1}};
+  const unsigned char* right = simt::exchange(~0u, &own, sizeof own, line);
+  const auto half = [](uint32_t word, int which) { return __builtin_bit_cast(float, which ? word & 0xFFFF0000u : word << 16); };
+  for (int e = 0; e < 4; e++) {
+    float sum = 0;
+    for (int k = 0; k < 16; k++) {
+      const Four row = rows[k % 8 / 2];
+      const Two column = simt::lane_value<Two>(right, 4 * (2 * t + e % 2) + k % 8 / 2);
+      sum += half(row.x[e / 2 + k / 8 * 2], k % 2) * half(column.x[k / 8], k % 2);
+    }
+    d[e] += sum;
+  }
+}
+
 }  // namespace ptx
 
 #else
@@ -85,6 +124,22 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 template <int GROUPS>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+  const uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+  if constexpr (TRANSPOSED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 }  // namespace ptx

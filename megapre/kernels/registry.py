@@ -21,6 +21,8 @@ from torch import Tensor
 
 from megapre.config.schema import KernelsConfig
 from megapre.kernels import apex, cuda
+from megapre.kernels.attention import Chain
+from megapre.kernels.mask import FEATURES
 from megapre.kernels.rules import RULES, common
 from megapre.random import native
 
@@ -43,6 +45,8 @@ class Version:
     """Device types on which two runs give the same bits, as far as is known."""
     strided: bool = True
     """Whether it takes tensors whose last dimension does not lie in one piece."""
+    features: tuple[str, ...] = ()
+    """What a call may ask of it beyond the least; one that asks for more goes to the op's next version that can."""
 
 
 TABLE = (
@@ -93,8 +97,12 @@ TABLE = (
     Version("rope_qk", "rope", "reference", "rope:rope_qk_reference"),
     Version("rope_qk", "rope", "triton", "triton.rope:rope_qk_triton"),
     Version("rope_qk", "rope", "cuda", "cuda_functions:rope_qk"),
-    Version("attention", "attention", "sdpa", "attention:attention_sdpa", deterministic=("cpu",)),
-    Version("attention", "attention", "reference", "attention:attention_reference"),
+    Version("attention", "attention", "cpp", "attention:attention_cpp", features=FEATURES["cpp"]),
+    Version("attention", "attention", "flash", "attention:attention_flash", (), features=FEATURES["flash"]),
+    Version("attention", "attention", "sdpa", "attention:attention_sdpa", ("cpu",), features=FEATURES["sdpa"]),
+    Version("attention", "attention", "reference", "attention:attention_reference", features=FEATURES["reference"]),
+    Version("attention", "attention", "triton", "triton.attention:attention_triton", features=FEATURES["triton"]),
+    Version("attention", "attention", "cuda", "cuda_attention:attention_cuda", features=FEATURES["cuda"]),
     Version("ce_statistics", "cross_entropy", "cpp", "cross_entropy:statistics_cpp"),
     Version("ce_statistics", "cross_entropy", "reference", "cross_entropy:statistics_reference"),
     Version("ce_statistics", "cross_entropy", "triton", "triton.cross_entropy:statistics_triton", strided=False),
@@ -139,7 +147,7 @@ TABLE = (
 BY_NAME_ONLY = ("triton", "cuda", "apex")
 """Versions that ``auto`` leaves alone."""
 
-DEVICES = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda", "apex": "cuda"}
+DEVICES = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda", "apex": "cuda", "flash": "cuda"}
 """Device type of the versions that run on one alone."""
 
 DTYPES = {
@@ -147,6 +155,7 @@ DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "apex": (torch.float32, torch.bfloat16, torch.float16),
+    "flash": (torch.bfloat16, torch.float16),
 }
 """Types of activations that a version handles; versions without a row handle all."""
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -166,7 +175,7 @@ class Kernels:
     bias_gelu: Callable[..., Any]
     rope: Callable[..., Any]
     rope_qk: Callable[..., Any]
-    attention: Callable[..., Any]
+    attention: Any  # Chain
     ce_statistics: Callable[..., Any]
     ce_gradient_: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
@@ -237,6 +246,8 @@ def _library(version: Version) -> str:
         return cuda.unavailable()
     if version.name == "triton":
         return "" if importlib.util.find_spec("triton") else "needs the package triton, which is not installed"
+    if version.name == "flash":
+        return "" if importlib.util.find_spec("flash_attn") else "needs the package flash-attn, which is not installed"
     if version.name == "apex":
         return apex.missing_adam() if version.op == "adamw_" else apex.missing_norms()
     return ""
@@ -264,7 +275,7 @@ def choose(config: KernelsConfig, device: torch.device, dtype: torch.dtype) -> K
     tells. Raises ValueError for a name that no op of the key has, or one that cannot run here.
     """
     picked = {op: _pick(op, config, device, dtype) for op in OPS}
-    return Kernels(**{op: Op(version, _load(version)) for op, version in picked.items()},
+    return Kernels(**{op: _callable(version, device, dtype) for op, version in picked.items()},
                    chosen={op: version.name for op, version in picked.items()})
 
 
@@ -278,6 +289,7 @@ def rows(device: torch.device, dtype: torch.dtype, config: KernelsConfig | None 
             "usable": not reason,
             "why not": reason,
             "deterministic": device.type in version.deterministic,
+            "features": " ".join(version.features),
             "picked": chosen[version.op] is version,
         }
         for version in TABLE
@@ -311,6 +323,15 @@ def _first(op: str, device: torch.device, types: list[torch.dtype], scattered: b
         v for v in versions
         if v.name not in BY_NAME_ONLY and (v.strided or not scattered) and not any(usable(v, device, t) for t in types)
     )  # fmt: skip
+
+
+def _callable(version: Version, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    """The version as the engine calls it; where it has features, with those after it for calls that ask for others."""
+    if not version.features:
+        return Op(version, _load(version))
+    others = [v for v in TABLE if v.op == version.op and v is not version and v.name not in BY_NAME_ONLY]
+    usable_ones = [version, *(v for v in others if not usable(v, device, dtype))]
+    return Chain(tuple(_load(v) for v in usable_ones))  # type: ignore[misc]
 
 
 def _load(version: Version) -> Callable[..., Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megapre.config.schema import ModelConfig
 from megapre.kernels.attention import AttentionDropout
+from megapre.kernels.mask import Mask
 from megapre.models.context import WEIGHTS, Context, site
 from megapre.models.spec import kv_copies
 from megapre.parallel.comm import Axis
@@ -53,13 +53,10 @@ class Attention(nn.Module):
         offset = 0
         if ctx.cache is not None:
             offset = ctx.cache.length
-            if offset:
-                past_k, past_v = ctx.cache.layers[self.layer]
-                k, v = torch.cat((past_k, k)), torch.cat((past_v, v))
-            ctx.cache.layers[self.layer] = (k, v)
-        core = partial(
-            self.core, causal=self.causal, segments=ctx.segments, dropout=self._dropout(ctx), offset=offset
-        )
+            k, v = ctx.cache.append(self.layer, k, v)
+        documents = None if ctx.segments is None else (ctx.segments, ctx.segments)
+        mask = Mask(causal=self.causal, documents=documents, q_offset=offset)
+        core = partial(self.core, mask=mask, dropout=self._dropout(ctx))
         if self.recompute and ctx.training:  # dropout is counter-based: there is no generator state to restore
             y = checkpoint(core, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -70,4 +67,4 @@ class Attention(nn.Module):
         if not (ctx.training and self.dropout):
             return None
         sites = [site(self.layer, WEIGHTS, self.first_head + head) for head in range(self.heads)]
-        return AttentionDropout(ctx.seed, ctx.step, sites, ctx.places, ctx.samples, self.dropout)
+        return AttentionDropout(ctx.seed, ctx.step, sites, ctx.samples, self.dropout)

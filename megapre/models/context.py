@@ -15,11 +15,23 @@ EMBEDDING, ATTENTION, MLP, WEIGHTS = range(4)
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens seen so far, by layer, [seq, batch, kv_heads, head_dim]."""
+    """Keys and values of the tokens seen so far, by layer."""
 
     length: int = 0
     """Tokens cached before the current forward pass."""
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    """[2, room, batch, kv_heads, head_dim] of each layer; the room is doubled when it is used up."""
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens of a layer, those of the current pass included."""
+        stop, held = self.length + k.shape[0], self.layers.get(layer)
+        if held is None or held.shape[1] < stop:
+            grown = k.new_empty((2, max(stop, 2 * self.length), *k.shape[1:]))
+            if held is not None:
+                grown[:, : self.length] = held[:, : self.length]
+            self.layers[layer] = held = grown
+        held[0, self.length : stop], held[1, self.length : stop] = k, v
+        return held[0, :stop], held[1, :stop]
 
 
 @dataclass(frozen=True)

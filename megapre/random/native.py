@@ -95,6 +95,20 @@ def _ce_statistics(logits: Tensor, *_: object) -> Tensor:
     return logits.new_empty((4, logits.shape[0]), dtype=torch.float32)
 
 
+def _attention_forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    s, b, heads, _ = q.shape
+    out = q.new_empty(q.shape, dtype=torch.float32 if rest[-1] else q.dtype)
+    return out, q.new_empty((b, heads, s), dtype=torch.float32)
+
+
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, *rest: object
+) -> tuple[Tensor, ...]:
+    dtype, bias = torch.float32 if rest[-1] else q.dtype, rest[4]
+    dbias = q.new_empty(bias.shape if isinstance(bias, Tensor) else (0, 0), dtype=torch.float32)
+    return (*(x.new_empty(x.shape, dtype=dtype) for x in (q, k, v)), dbias)
+
+
 FAKES: dict[str, Callable[..., object]] = {
     "philox_normal_": _fill,
     "keep_mask": _keep_mask,
@@ -121,5 +135,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "square_sum": _scalar,
     "cross_entropy_statistics": _ce_statistics,
     "cross_entropy_gradient_": _fill,
+    "attention_forward": _attention_forward,
+    "attention_backward": _attention_backward,
 }
 """Shapes and dtypes of every op of the library, for fake tensors and torch.compile."""

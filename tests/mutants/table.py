@@ -168,8 +168,8 @@ MUTANTS = (
     Mutant(
         "ring-rows-not-rescaled",
         "megapre/parallel/context.py",
-        "rows.mul_(torch.exp(before - seen).unsqueeze(-1)).add_(",
-        "rows.add_(",
+        "out.mul_(old).add_(",
+        "out.add_(",
         "tests/equivalence/test_layouts.py::test_context_parallel_agrees[gpt-1x1x1+ring:2]",
         "missing rescale by the running maximum",
     ),
@@ -184,8 +184,8 @@ MUTANTS = (
     Mutant(
         "document-mask-ignored-by-the-ring",
         "megapre/parallel/context.py",
-        "        if self.segments is not None:\n            asking",
-        "        if False:\n            asking",
+        "options = dict(mask=mask,",
+        "options = dict(mask=replace(mask, documents=None),",
         "tests/equivalence/test_layouts.py::test_context_parallel_agrees[llama-1x1x1+ring:2]",
         "Megatron-LM #415: the fused path knew causal only",
     ),

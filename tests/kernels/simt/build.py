@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -39,19 +40,17 @@ def missing() -> str:
 def build(kind: str = "plain", csrc: Path = ROOT / "csrc") -> Path:
     """Path of the library of the given kind; compiled when no library of the same sources is there."""
     sources = sorted((csrc / "cuda").glob("*.cu"))
-    inputs = sorted([*(csrc / "cuda").iterdir(), *(csrc / "simt").iterdir()])
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(repr((COMMON, SANITIZERS, version, platform.machine())).encode())
-    headers = [path for path in inputs if path.suffix != ".cu"]
-    for path in headers:
-        digest.update(path.name.encode() + path.read_bytes())
     folder = ROOT / "build" / "simt"
     folder.mkdir(parents=True, exist_ok=True)
-    # An object per source, so that a mutant of one source compiles one file.
+    # An object per source, by what it includes, so that a mutant compiles few files.
     jobs = []
     for path in [csrc / "simt" / "engine.cpp", *sources]:
         own = digest.copy()
-        own.update(kind.encode() + path.name.encode() + path.read_bytes())
+        own.update(kind.encode())
+        for file in included(path, csrc):
+            own.update(file.name.encode() + file.read_bytes())
         jobs.append((path, folder / f"{path.stem}-{kind}-{own.hexdigest()[:16]}.o"))
     whole = hashlib.sha256(repr([target.name for _, target in jobs]).encode()).hexdigest()[:16]
     library = folder / f"simt-{kind}-{whole}.so"
@@ -64,6 +63,18 @@ def build(kind: str = "plain", csrc: Path = ROOT / "csrc") -> Path:
         subprocess.run([compiler(), "-shared", *flags, *objects, "-o", str(partial)], check=True)
         partial.replace(library)
     return library
+
+
+def included(source: Path, csrc: Path) -> list[Path]:
+    """The source and every header of csrc that it includes, directly or not."""
+    found, left = {source}, [source]
+    while left:
+        for name in re.findall(r'#include ["<]([\w./]+)[">]', left.pop().read_text()):
+            for path in (csrc / "cuda" / name, csrc / "simt" / name):
+                if path.exists() and path not in found:
+                    found.add(path)
+                    left.append(path)
+    return sorted(found)
 
 
 def _compile(kind: str, csrc: Path, source: Path, target: Path) -> None:

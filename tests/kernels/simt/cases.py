@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from megapre.kernels import cuda
 from megapre.kernels import cuda_functions as functions
+from megapre.kernels.attention import Chain
+from megapre.kernels.cuda_attention import attention_cuda
 from megapre.random import philox
+from tests.kernels import attention_cases
 
 # As in tests/kernels/tolerances.py, and fp16 with 10 bits to bf16's 7; fp32 has exp2 and reciprocal of 22 bits.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3.5e-3, torch.float16: 5e-4}
@@ -260,7 +264,57 @@ def keep_mask(device, features, positions=5, samples=3) -> Result:
 
 
 # name, function, arguments: the short list for every order and the sanitizers, one case per kernel and path.
+def attention(device, mask, s, t, heads, groups, d, batch=1, bias=False, dropout=False, halves=False) -> Result:
+    """Output and gradients; ``halves``: log-sum-exp, and gradients in fp32 from those of another, larger softmax."""
+    asked = attention_cases.MASKS[mask](s, t, batch)
+    inputs = attention_cases.draw(s, t, batch, heads, groups, d, BF16)
+    b = draw(heads, s + t - 1) if bias else None
+    place = attention_cases.dropout_of(heads, batch) if dropout else None
+    grad = draw(s, batch, heads, d, dtype=BF16, seed=1)
+    exact = [x.double().requires_grad_() for x in inputs]
+    out0, lse0 = attention_cases.formula(*exact, asked, None if b is None else b.double(), place)
+    inputs, grad = [x.to(device) for x in inputs], grad.to(device)
+    options = dict(mask=_to(asked.mask, device), bias=None if b is None else b.to(device), dropout=place)
+    if place is not None:
+        options["dropout"] = replace(place, samples=place.samples.to(device))
+    # The weights and the gradients of scores are rounded to bf16 once more before a product.
+    tolerance = 2.2 * TOLERANCE[BF16]
+    if halves:
+        version = Chain((attention_cuda,))
+        out, lse = version.forward(*inputs, **options)
+        outer = lse0.exp().add(1.0).log()  # as if there were one more key of score 0 and value 0
+        share = (lse0 - outer).exp().permute(2, 0, 1).unsqueeze(-1)
+        delta = (grad.cpu().double() * out0.detach() * share.detach()).sum(-1).permute(1, 2, 0)
+        found = version.backward(
+            grad, *inputs, lse=outer.detach().float().to(device), delta=delta.float().to(device), **options
+        )
+        (out0 * share).backward(grad.double().cpu())
+        yield lse.exp(), lse0.exp(), 1e-5
+        assert out.dtype == found[0].dtype == FP32
+    else:
+        ours = [x.requires_grad_() for x in inputs]
+        out = attention_cuda(*ours, **options)
+        out.backward(grad)
+        out0.backward(grad.double().cpu())
+        found = [x.grad for x in ours]
+    yield out, out0, tolerance
+    least = 0.1 * float(grad.double().norm())  # a query with one key has no gradient but its rounding
+    for a, b in zip(found, exact):
+        size = float(b.grad.norm())
+        yield a, b.grad, tolerance * max(1.0, least / max(size, 1e-30))
+
+
+def _to(mask, device):
+    pairs = {n: None if getattr(mask, n) is None else tuple(x.to(device) for x in getattr(mask, n))
+             for n in ("documents", "order")}  # fmt: skip
+    return replace(mask, prefix=None if mask.prefix is None else mask.prefix.to(device), **pairs)
+
+
 SHORT = {
+    "attention-causal": (attention, "causal", 130, 130, 2, 1, 32), "attention-one": (attention, "full", 1, 1, 1, 1, 64),
+    "attention-document": (attention, "document", 150, 150, 1, 1, 32, 2),
+    "attention-dropout": (attention, "window", 65, 65, 2, 2, 40, 1, True, True),
+    "attention-halves": (attention, "causal", 70, 70, 2, 1, 32, 1, False, False, True),
     "rms-8": (norm, False, 264, BF16),
     "rms-float-weight": (norm, False, 264, BF16, 5, FP32),
     "rms-plain": (norm, False, 33, FP32),
@@ -287,6 +341,14 @@ SHORT = {
 }
 # Every type, width and edge once, in one order.
 LONG = {
+    **{f"attention-{name}": (attention, name, 65, 65, 2, 1, 64, 2)
+       for name in ("full", "two_sided_window", "prefix", "packed", "query_stream", "content_stream", "one_key",
+                    "nothing")},
+    "attention-128": (attention, "causal", 70, 70, 1, 1, 128),
+    "attention-256": (attention, "causal", 66, 66, 1, 1, 256),
+    "attention-cross": (attention, "full", 5, 130, 4, 2, 64),
+    "attention-decode": (attention, "causal", 1, 130, 4, 1, 64),
+    "attention-extra-128": (attention, "query_stream", 65, 65, 1, 1, 128, 1, True, True),
     **{f"{'layer' if layer else 'rms'}-{width}-{str(dtype)[6:]}": (norm, layer, width, dtype, rows)
        for layer in (True, False) for dtype in (FP32, BF16, FP16)
        for width, rows in ((3, 3), (8, 1), (40, 5), (1000, 4), (2048, 3), (4096, 2))},

@@ -135,6 +135,13 @@ def install() -> None:
         if tl.bfloat16 in (source.dtype.scalar, target.scalar)
         else plain_round(self, source, target, rounding)
     )
+    plain_dot = Builder.create_dot
+
+    def dot(self, a, b, total, *rest):  # products of bf16 are exact in fp32, where they are added
+        a, b = (Handle(widen(x.data), tl.float32) if _is_bf16(x) else x for x in (a, b))
+        return plain_dot(self, a, b, total, *rest)
+
+    Builder.create_dot = dot
     interpreter.ReduceOps.apply_impl = _no_bf16(interpreter.ReduceOps.apply_impl, "reduction")
     interpreter.ScanOps.apply_impl = _no_bf16(interpreter.ScanOps.apply_impl, "scan")
     Builder.create_atomic_rmw = _no_bf16(Builder.create_atomic_rmw, "atomic")

@@ -1,8 +1,9 @@
 """Seeded mutants of csrc: each patch is applied to a copy, and every test that it names must fail on it.
 
 python -m tests.mutants.kernels.run [PATCH ...] prints one line a mutant and exits 1 where a patch does not apply, a
-mutant does not compile, or a named test passes. A patch begins with lines ``Killed-by: [asan|tsan] CASE`` naming cases
-of tests/kernels/simt/cases.py; without a sanitizer's name the case's own comparison must fail.
+mutant does not compile, or a named test passes. A patch begins with lines ``Killed-by: [asan|tsan|early] CASE`` naming
+cases of tests/kernels/simt/cases.py; without a sanitizer's name the case's own comparison must fail, with ``early``
+when cp.async lands as it is issued.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def mutate(patch: str, folder: Path) -> Path:
     return csrc
 
 
-def passes(library: Path, case: str) -> bool:
+def passes(library: Path, case: str, early: bool = False) -> bool:
     """Whether a case passes on a library, in a process of its own: a mutant may crash."""
-    process = multiprocessing.get_context("fork").Process(target=_check, args=(library, case))
+    process = multiprocessing.get_context("fork").Process(target=_check, args=(library, case, early))
     process.start()
     process.join(120)
     if process.is_alive():
@@ -59,11 +60,11 @@ def passes(library: Path, case: str) -> bool:
     return process.exitcode == 0
 
 
-def _check(library: Path, case: str) -> None:
+def _check(library: Path, case: str, early: bool) -> None:
     sys.stdout = sys.stderr = None
     torch.use_deterministic_algorithms(True)  # torch.empty holds NaN
     with pytest.MonkeyPatch.context() as patch:
-        _machine(library, patch)
+        _machine(library, patch).configure(early=early)
         try:
             cases.check(CASES[case])
         except AssertionError:
@@ -96,13 +97,17 @@ def survivors(patch: str) -> list[str]:
         csrc = mutate(patch, Path(name))
         for killer in names(patch):
             kind, _, case = killer.rpartition(" ")
+            early, kind = kind == "early", kind.removeprefix("early")
             if kind and runtime(kind) is None:
                 continue
             try:
                 library, true = build.build(kind or "plain", csrc), build.build(kind or "plain")
             except RuntimeError as error:
                 raise Unusable(str(error)) from error
-            run = (lambda lib: clean_under(kind, lib, case, Path(name))) if kind else (lambda lib: passes(lib, case))  # noqa: B023
+
+            def run(lib: Path, kind: str = kind, case: str = case, early: bool = early) -> bool:
+                return clean_under(kind, lib, case, Path(name)) if kind else passes(lib, case, early)
+
             if not run(true):
                 raise Unusable(f"{killer} fails without the mutant too")
             if run(library):
