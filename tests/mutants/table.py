@@ -117,6 +117,22 @@ MUTANTS = (
         "Megatron-LM #1754: vocabulary that TP does not divide",
     ),
     Mutant(
+        "head-input-gradient-not-summed",
+        "megapre/parallel/tensor.py",
+        "ctx.axis.all_reduce(dx).wait()",
+        "pass",
+        f"{LAYOUTS}[gpt-2x1x1]",
+        "each rank's part of the vocabulary alone reaches the blocks",
+    ),
+    Mutant(
+        "softmax-sums-of-different-maxima",
+        "megapre/parallel/tensor.py",
+        "sums = [total * torch.exp(largest - overall),",
+        "sums = [total,",
+        f"{LAYOUTS}[gpt-2x1x1]",
+        "vocabulary-parallel sums added without rescaling to the common maximum",
+    ),
+    Mutant(
         "bias-added-by-every-tensor-rank",
         "megapre/parallel/tensor.py",
         "return y, None if self.bias is None else sink(self.bias)",
