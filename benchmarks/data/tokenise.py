@@ -54,7 +54,7 @@ def work(batch):
     return {"ids": [e.ids for e in tokenizer.encode_batch_fast(batch["text"], add_special_tokens=False)]}
 started = time.process_time()
 data = datasets.load_dataset("json", data_files=sys.argv[1], split="train", cache_dir=sys.argv[3])
-data = data.map(work, batched=True, remove_columns=["text"], num_proc=1)
+data = data.map(work, batched=True, remove_columns=["text"])
 spent = time.process_time() - started
 print(sum(len(row) for row in data["ids"]), spent)
 """
