@@ -370,7 +370,7 @@ MUTANTS = (
         "samples-by-rank-order",
         "megapre/data/loader.py",
         "first = plan.first + (m * self._size + self._rank) * self._micro",
-        "first = (step * self._size + self._rank) * self._micro + m",
+        "first = plan.first + self._rank * self._micro + m",
         "tests/training/test_resume.py::test_another_data_size_changes_no_global_batch",
         "the global batch depends on the data-parallel size",
     ),
