@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from megapre.config.schema import KernelsConfig
+from megapre.kernels.mask import CAUSAL
 from megapre.kernels.registry import Kernels, choose
 
 TOKENS = 4096
@@ -56,7 +57,7 @@ def attention(kernels: Kernels, dtype: torch.dtype, length: int) -> Callable[[],
     shape = (length, TOKENS // length, 8, 64)
     q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
     grad = torch.randn(shape, dtype=dtype)
-    return lambda: torch.autograd.grad(kernels.attention(q, k, v, causal=True), (q, k, v), grad)
+    return lambda: torch.autograd.grad(kernels.attention(q, k, v, mask=CAUSAL), (q, k, v), grad)
 
 
 def byte_bound(kernels: Kernels, dtype: torch.dtype) -> Callable[[], Any]:
