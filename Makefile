@@ -38,7 +38,7 @@ docs: setup
 
 # Without LANE: the tests marked nightly. With LANE: all tests of the lane's rooms, nightly or not.
 LANES := layouts kernels data faults
-layouts := equivalence mutants parallel models optim training
+layouts := equivalence museum verify parallel models optim training
 kernels := kernels random
 data := data objectives tokenizers tools
 faults := resilience checkpoint monitor

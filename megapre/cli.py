@@ -62,6 +62,7 @@ def train(args: argparse.Namespace) -> int:
 
     check_sinks(config)
     check_data(config)
+    check_start(config)
     if isinstance(plan, Ranks):
         from megapre.train import run
 
@@ -89,6 +90,13 @@ def train(args: argparse.Namespace) -> int:
     )
 
 
+def check_start(config: Config) -> None:
+    """ConfigError when the run would start from a checkpoint that is not there."""
+    load, own = Path(config.checkpoint.load), Path(config.train.run_dir) / "checkpoints"
+    if config.checkpoint.load and not load.is_dir() and not (config.checkpoint.resume and own.is_dir()):
+        raise ConfigError(f"checkpoint.load names {str(load)!r}, which is no folder: name a checkpoint, .../step_N")
+
+
 def train_rank(argv: list[str]) -> int:
     """One rank under our launcher; ``argv`` holds the resolved job as TOML text."""
     stop = StopRequest().install()
@@ -110,13 +118,14 @@ def read_job(path: str, overrides: Sequence[str]) -> tuple[Config, Ranks | NodeP
 
 def verify(args: argparse.Namespace) -> int:
     """``megapre verify``: every layout against the unsharded fp64 reference."""
-    layouts = args.layouts.split(",")
     if args.ranks < 1:
         raise ConfigError(f"--ranks must be at least 1, not {args.ranks}")
     config = check(load(args.job, args.overrides))
-    from megapre.verify.run import main as run
+    from megapre.verify.table import main as run
 
-    return run(config, layouts, args.ranks)
+    return run(
+        config, args.layouts, args.ranks, seed=args.seed, full_size=args.full_size, processes=args.processes
+    )
 
 
 def trace(args: argparse.Namespace) -> int:
@@ -251,8 +260,12 @@ def _parser() -> argparse.ArgumentParser:
 
     verb("train", train, "train a job, alone or as a rank of torchrun, Slurm or Open MPI", job=True)
     added = verb("verify", verify, "prove a job's layouts equal to an unsharded fp64 reference", job=True)
-    added.add_argument("--layouts", default="all", help="'all', or TPxPPxDP separated by commas (default: all)")
-    added.add_argument("--ranks", type=int, default=4, help="most ranks of a layout under 'all' (default: 4)")
+    added.add_argument("--layouts", default="pairs", help="'all', 'pairs' (few that hold every pair of options; the "
+                       "default), or TPxPPxDP with options, separated by commas")  # fmt: skip
+    added.add_argument("--ranks", type=int, default=4, help="most ranks of a layout of 'all' and 'pairs' (default: 4)")
+    added.add_argument("--seed", type=int, default=0, help="draws the layouts of 'pairs' and the made-up batches")
+    added.add_argument("--full-size", action="store_true", help="the job's own model, not one scaled down")
+    added.add_argument("--processes", action="store_true", help="ranks as processes over gloo, not as threads")
     added = verb("trace", trace, "peak memory and bytes sent of one rank of any grid, without GPUs", job=True)
     added.add_argument("--rank", type=int, default=0, help="the rank to trace (default: 0)")
     added.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")

@@ -42,6 +42,15 @@ CHOICES = {
     "precision.dtype": ("fp32", "bf16", "fp16", "fp64"),
     "train.device": ("auto", "cpu", "cuda"),
     "resilience.on_nonfinite": ("skip", "rerun"),
+    "kernels.norm": ("auto", "cpp", "torch", "reference", "triton", "cuda", "apex"),
+    "kernels.attention": ("auto", "cpp", "flash", "sdpa", "reference", "triton", "cuda"),
+    "kernels.activation": ("auto", "cpp", "torch", "reference", "triton", "cuda"),
+    "kernels.rope": ("auto", "cpp", "reference", "triton", "cuda"),
+    "kernels.cross_entropy": ("auto", "cpp", "torch", "reference", "triton", "cuda"),
+    "kernels.dropout": ("auto", "cpp", "reference", "triton", "cuda"),
+    "kernels.linear": ("auto", "cpp", "reference"),
+    "kernels.moe": ("auto", "reference"),
+    "kernels.optimizer": ("auto", "cpp", "torch", "reference", "triton", "cuda", "apex"),
 }
 
 COUNT, NATURAL, POSITIVE, NON_NEGATIVE = "at least 1", "at least 0", "greater than 0", "at least 0"
@@ -123,6 +132,7 @@ RANGES = {
     "resilience.digest_interval": NATURAL,
 }
 LARGEST = 2**63 - 1
+MOST_HEADS = 1024
 
 
 def check(config: Config, world_size: int | None = None) -> Config:
@@ -339,6 +349,28 @@ def offload_fits(config: Config) -> str | None:
     return None
 
 
+def recompute_has_layers(config: Config) -> str | None:
+    """A number of layers belongs to a policy."""
+    parallel = config.parallel
+    if parallel.recompute == "none" and parallel.recompute_layers:
+        return (
+            f"parallel.recompute_layers ({parallel.recompute_layers}) needs parallel.recompute = 'selective' or "
+            f"'full', not 'none': set it to 0 or change one of them"
+        )
+    return None
+
+
+def dropout_tells_heads_apart(config: Config) -> str | None:
+    """The counter of a dropout mask holds 10 bits of the head's number."""
+    model = config.model
+    if model.attention_dropout and model.heads > MOST_HEADS:
+        return (
+            f"model.attention_dropout needs at most {MOST_HEADS} heads, not model.heads = {model.heads}: set it to 0 "
+            f"or take fewer heads"
+        )
+    return None
+
+
 def layers_per_stage_fit(config: Config) -> str | None:
     """An explicit split names every stage once and every block once."""
     split, layers = config.parallel.layers_per_stage, config.model.layers
@@ -507,6 +539,8 @@ RULES = (
     expert_mesh_fits,
     vocabulary_covers_tensor,
     stages_have_blocks,
+    recompute_has_layers,
+    dropout_tells_heads_apart,
     layers_per_stage_fit,
     batch_divides,
     *RAMP_RULES,

@@ -33,6 +33,8 @@ class Cell:
     offload: str = "none"
     expert: int = 1
     expert_tensor: int = 1
+    recompute: str = ""
+    """Empty: the job's own."""
 
     @property
     def world(self) -> int:
@@ -46,7 +48,8 @@ class Cell:
         name += f"+etp:{self.expert_tensor}" if self.expert_tensor > 1 else ""
         name += ("+sp" if self.sequence else "") + (f"+zero{self.zero}" if self.zero else "")
         name += OFFLOADS[self.offload]
-        return name + (f"+{self.schedule}" if self.schedule else "") + (f":{self.chunks}" if self.chunks > 1 else "")
+        name += (f"+{self.schedule}" if self.schedule else "") + (f":{self.chunks}" if self.chunks > 1 else "")
+        return name + (f"+recompute:{self.recompute}" if self.recompute else "")
 
     def apply(self, config: Config) -> Config:
         """``config`` on this layout; its ``layers_per_stage`` stays where it fits."""
@@ -57,6 +60,8 @@ class Cell:
         )  # fmt: skip
         if self.schedule:
             parallel = replace(parallel, schedule=self.schedule, chunks=self.chunks)
+        if self.recompute:
+            parallel = replace(parallel, recompute=self.recompute)
         split = parallel.layers_per_stage
         if len(split) != self.pipeline * parallel.chunks or sum(split) != config.model.layers:
             parallel = replace(parallel, layers_per_stage=[])
@@ -67,7 +72,8 @@ def parse(text: str) -> Cell:
     """The cell that ``text`` names; ValueError when it names none.
 
     ``TPxPPxDP``, then in any order ``+ring:CP`` or ``+ulysses:CP``, ``+ep:EP``, ``+etp:ETP``, ``+sp``, ``+zero1`` to
-    ``+zero3``, ``+offload`` (optimizer state) or ``+offload-parameters``, ``+SCHEDULE[:CHUNKS]``.
+    ``+zero3``, ``+offload`` (optimizer state) or ``+offload-parameters``, ``+SCHEDULE[:CHUNKS]``,
+    ``+recompute:POLICY``.
     """
     sizes, *options = text.split("+")
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", sizes)
@@ -80,6 +86,9 @@ def parse(text: str) -> Cell:
     cell = Cell(tensor, pipeline, data)
     for option in options:
         name, _, number = option.partition(":")
+        if name == "recompute":  # config/check.py knows the policies
+            cell = replace(cell, recompute=number)
+            continue
         if number and not re.fullmatch(r"[1-9]\d*", number):
             raise ValueError(f"{option!r} in layout {text!r} ends in no number of at least 1.")
         if option == "sp":
@@ -122,19 +131,24 @@ def every(
                         yield from [cell, replace(cell, expert=spread)] if spread > 1 and experts else [cell]
 
 
+SCALE = 1024.0
+"""Largest fp16 loss scale of a proof: no step of it may overflow, or arm B would compare skipped steps."""
+
+
 def scaled_down(config: Config) -> tuple[Config, int]:
     """The job at a size that a laptop proves in seconds, made hostile; returns it with a vocabulary size.
 
-    Layers and vocabulary divide by no axis, there are at least 3 buckets, the batch has several microbatches,
-    and the gradient is clipped. What the job's code path depends on (norm, activation, positions, GQA, biases,
-    tying, dropout, precision, kernels) is kept. Adam's eps is about the size of a gradient element, so that
-    a weight's error measures its gradient's: a small eps would turn rounding noise around 0 into whole steps,
-    and a gradient wrong by a constant factor into the same step.
+    Layers and vocabulary divide by no axis, heads have 13 or 14 features, there are at least 3 buckets, a rank has
+    several microbatches, and the gradient is clipped. What the job's code path depends on (norm, activation,
+    positions, GQA, biases, tying, dropout, precision, kernels) is kept. Adam's eps is about the size of a gradient
+    element, so that a weight's error measures its gradient's: a small eps would turn rounding noise around 0 into
+    whole steps, and a gradient wrong by a constant factor into the same step.
     """
     m = config.model
     grouped = 4 if m.n_kv_heads == m.heads else (1 if m.n_kv_heads == 1 else 2)
+    hidden = 56 if m.positions == "rope" else 52  # 14 or 13 features a head: no power of two, and odd where it may be
     model = replace(
-        m, layers=5, hidden=48, heads=4, kv_heads=grouped, ffn_hidden=100, vocab_size=67, sequence=16, init_std=0.15
+        m, layers=5, hidden=hidden, heads=4, kv_heads=grouped, ffn_hidden=100, vocab_size=67, sequence=16, init_std=0.15
     )
     if m.experts:
         model = replace(
@@ -143,47 +157,56 @@ def scaled_down(config: Config) -> tuple[Config, int]:
             moe_dense_first=min(1, m.moe_dense_first),
         )  # fmt: skip
     train = replace(
-        config.train, global_batch=8, microbatch=1, steps=10, device="cpu", threads=1, batch_ramp=[], sequence_ramp=[]
+        config.train, global_batch=4, microbatch=1, steps=10, device="cpu", threads=1, batch_ramp=[], sequence_ramp=[]
     )
     optimizer = replace(config.optimizer, clip=config.optimizer.clip and 0.5, eps=1e-3)
+    precision = replace(config.precision, initial_loss_scale=min(SCALE, config.precision.initial_loss_scale))
     schedule = replace(config.schedule, unit="steps", warmup=2, decay=0)
-    small = replace(config, model=model, train=train, optimizer=optimizer, schedule=schedule)
-    return replace(small, parallel=replace(config.parallel, bucket_elements=20_000)), 67
+    small = replace(
+        config, model=model, train=train, optimizer=optimizer, schedule=schedule, precision=precision
+    )
+    return replace(small, parallel=replace(config.parallel, bucket_elements=4_000)), 67
 
 
 def batches(config: Config, vocab_size: int, steps: int) -> list[list[Microbatch]]:
     """Made-up global batches, one sample per microbatch, with very uneven numbers of target tokens.
 
-    A pure function of ``data.seed``. With ``data.reset_attention`` samples hold several documents.
+    A pure function of ``data.seed``. With ``data.reset_attention`` samples hold several documents. The second half of
+    the steps is a second epoch: the same texts in another order, under new sample numbers.
     """
     generator = torch.Generator().manual_seed(config.data.seed)
+    count = config.train.global_batch
+    once = _samples(config, vocab_size, count * -(-steps // 2), generator)
+    again = [once[i] for i in torch.randperm(len(once), generator=generator).tolist()]
+    run = [replace(m, samples=torch.tensor([number])) for number, m in enumerate(once + again)]
+    return [run[step * count : (step + 1) * count] for step in range(steps)]
+
+
+def _samples(config: Config, vocab_size: int, count: int, generator: torch.Generator) -> list[Microbatch]:
     length = config.model.sequence
-    result = []
-    for step in range(steps):
-        batch = []
-        for index in range(config.train.global_batch):
-            tokens = torch.randint(vocab_size, (length + 1, 1), generator=generator)
-            tokens[0] = vocab_size - 1  # the last real id, beside the padding
-            share = torch.rand((), generator=generator) ** 3
-            weights = (torch.rand(length, 1, generator=generator) < share).float()
-            weights[-1] = 1.0
-            documents = (torch.rand(length, 1, generator=generator) < 0.2).long().cumsum(0)
-            positions = torch.arange(length).unsqueeze(1)
-            if config.data.reset_positions:
-                starts = torch.cat((torch.zeros(1, 1).bool(), documents[1:] != documents[:-1]))
-                positions = positions - torch.where(starts, positions, 0).cummax(0).values
-            batch.append(
-                Microbatch(
-                    tokens[:-1].contiguous(),
-                    tokens[1:].contiguous(),
-                    weights,
-                    positions.contiguous(),
-                    documents if config.data.reset_attention else None,
-                    torch.tensor([step * config.train.global_batch + index]),
-                )
+    batch = []
+    for index in range(count):
+        tokens = torch.randint(vocab_size, (length + 1, 1), generator=generator)
+        tokens[0] = vocab_size - 1  # the last real id, beside the padding
+        share = torch.rand((), generator=generator) ** 3
+        weights = (torch.rand(length, 1, generator=generator) < share).float()
+        weights[-1] = 1.0
+        documents = (torch.rand(length, 1, generator=generator) < 0.2).long().cumsum(0)
+        positions = torch.arange(length).unsqueeze(1)
+        if config.data.reset_positions:
+            starts = torch.cat((torch.zeros(1, 1).bool(), documents[1:] != documents[:-1]))
+            positions = positions - torch.where(starts, positions, 0).cummax(0).values
+        batch.append(
+            Microbatch(
+                tokens[:-1].contiguous(),
+                tokens[1:].contiguous(),
+                weights,
+                positions.contiguous(),
+                documents if config.data.reset_attention else None,
+                torch.tensor([index]),
             )
-        result.append(batch)
-    return result
+        )
+    return batch
 
 
 def share(batch: list[Microbatch], rank: int, size: int, microbatch: int) -> list[Microbatch]:

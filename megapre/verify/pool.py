@@ -19,6 +19,8 @@ from typing import Any
 
 from megapre.resilience.ranks import LOOPBACK, Ranks
 
+START = "forkserver"
+"""How processes come to be; ``fork`` where the parent is one thread that has loaded all they need."""
 PRELOAD = ["torch", "torch.distributed", "megapre.verify.run"]
 
 
@@ -31,8 +33,9 @@ class RankPool:
 
     def __init__(self, size: int, threads: int = 1) -> None:
         self.size, self.threads = size, threads
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
+        self._context: Any = multiprocessing.get_context(START)
+        if START == "forkserver":
+            self._context.set_forkserver_preload(PRELOAD)
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:

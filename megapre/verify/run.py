@@ -7,9 +7,10 @@ kernels: its error may be at most twice that of the unsharded run in the same fo
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import statistics
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -18,27 +19,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megapre.config.check import check
-from megapre.config.schema import Config, KernelsConfig
+from megapre.config.load import digest
+from megapre.config.schema import Config, KernelsConfig, OptimizerConfig, ParallelConfig
 from megapre.models.context import Context
 from megapre.models.moe import Router
 from megapre.optim.schedule import learning_rate
+from megapre.parallel.grid import Grid
 from megapre.parallel.layout import Slot
 from megapre.resilience.connect import connected
 from megapre.resilience.ranks import Ranks
 from megapre.training.engine import Engine, build
-from megapre.verify import oracle
-from megapre.verify.cells import Cell, batches, every, parse, scaled_down, share
+from megapre.verify import oracle, threads
+from megapre.verify.cells import Cell, batches, share
 from megapre.verify.instruments import instrumented
 from megapre.verify.pool import RankPool
 
-STEPS = 3
+STEPS = 2
+ZERO = 1e-6
+"""A gradient below this share of the global norm is zero but for rounding."""
 EXACT = 1e-9
 """Largest relative error of arm A."""
 ALLOWED = 2.0
@@ -47,6 +50,10 @@ CHOICE = 16.0
 """Largest score, of at most 1, by which rounding may turn a router's choice, in units of roundoff."""
 RESOLUTION = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
 """Unit roundoff: an arm B error below it is that of storing the result, not of computing it."""
+
+
+Job = tuple[Config, str, bool]
+"""A config, the file of its truth, and whether its routers follow the oracle's choices of experts (arm B)."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +99,35 @@ def write_truth(config: Config, vocab_size: int, path: Path) -> None:
 
 
 def run_cell(
-    ranks: Ranks, config: Config, vocab_size: int, truth: str, instrument: str = "", replay: bool = False
-) -> Report | None:
-    """One rank's part of one cell, on axes as ``instrument`` makes them; rank 0 returns the report.
+    ranks: Ranks, jobs: list[Job], vocab_size: int, instrument: str = ""
+) -> list[Report] | None:
+    """One rank's part of one cell, on axes as ``instrument`` makes them; rank 0 returns a report for each job.
 
-    With ``replay`` the routers' choices are the oracle's.
+    ``jobs`` are on one layout, which is connected once.
     """
-    with connected(config, ranks) as (grid, device), safe_open(truth, framework="pt") as known:
-        grid = instrumented(grid, instrument, config.data.seed)
+    with connected(jobs[0][0], ranks) as (grid, device):
+        reports = compare(grid, device, jobs, vocab_size, instrument)
+    return None if ranks.rank else reports
+
+
+def compare(
+    grid: Grid, device: torch.device, jobs: list[Job], vocab_size: int, instrument: str = ""
+) -> list[Report]:
+    """A report for each of ``jobs``, on this rank's grid."""
+    grid = instrumented(grid, instrument, jobs[0][0].data.seed)
+    return [_compare(grid, device, config, vocab_size, truth, replay) for config, truth, replay in jobs]
+
+
+def _compare(
+    grid: Grid, device: torch.device, config: Config, vocab_size: int, truth: str, replay: bool
+) -> Report:
+    """Train ``config`` beside what the oracle said of it; with ``replay`` its routers follow the oracle's choices."""
+    with safe_open(truth, framework="pt") as known:
         engine = build(config, grid, device, vocab_size)
         meta = known.metadata()
         losses, norms = json.loads(meta["losses"]), json.loads(meta["norms"])
         sums = _Sums()
+        trail: list[dict[str, int]] = []
         if replay:
             for layer, router in engine.step.routing.routers.items():
                 router.choose = Replay(router, known, f"blocks.{layer - 1}.mlp", sums)  # type: ignore[method-assign]
@@ -114,26 +138,24 @@ def run_cell(
             if step == 0:
                 _compare_gradients(engine, known, norms[0], sums)
             result = engine.step.apply_gradients(loss, rms, learning_rate(config, step))
+            trail.append(_digests(engine))
             sums.add(f"loss/{step}", float(result.loss) - losses[step], losses[step])
             sums.add(f"grad_norm/{step}", float(result.grad_norm) - norms[step], norms[step])
             for name, key in (("load_balance", "balance"), ("router_z", "z")):
                 if name in result.routing:
                     true = json.loads(meta[key])[step] / config.train.global_batch
                     sums.add(f"loss/{name}/{step}", float(result.routing[name]) - true, true)
-        _compare_parameters(engine, known, config.optimizer.lr, sums)
+        _compare_parameters(engine, known, config.optimizer, norms[0], sums)
         for layer, router in engine.step.routing.routers.items():
             if router.bias is not None:
                 true = known.get_tensor(f"bias/blocks.{layer - 1}.mlp")
                 sums.add(f"bias/{layer}", router.bias.double().cpu() - true, true, 1e-6)
-        gathered = grid.host.gather_text(json.dumps(sums.values))
-        digests = grid.host.gather_text(json.dumps(_digests(engine)))
-        flights = grid.host.gather_text(str(engine.step.executor.peak_in_flight))
-    errors = _merge([json.loads(text) for text in gathered])
-    sums_by_rank = [json.loads(text) for text in digests]
-    errors["replicas"] = _disagreements(sums_by_rank)
-    if ranks.rank:
-        return None
-    return Report(errors, engine.kernels.chosen, [int(f) for f in flights], sums_by_rank)
+        found = json.dumps([sums.values, trail, engine.step.executor.peak_in_flight])
+        everyone = [json.loads(text) for text in grid.host.gather_text(found)]
+    errors = _merge([values for values, _, _ in everyone])
+    errors["replicas"] = max(_disagreements(list(step)) for step in zip(*(digests for _, digests, _ in everyone)))
+    digests = [trail[-1] for _, trail, _ in everyone]
+    return Report(errors, engine.kernels.chosen, [flight for _, _, flight in everyone], digests)
 
 
 class Replay:
@@ -174,8 +196,10 @@ class _Sums:
 def _compare_gradients(engine: Engine, known: Any, norm: float, sums: _Sums) -> None:
     """Complete gradients, as far as this rank's optimizer reads them.
 
-    The floor is a millionth of the global norm: some gradients are exactly zero in theory (the bias of keys).
+    The floor is a millionth of the global norm: some gradients are exactly zero in theory (the bias of keys). What is
+    left of these in a coarser format than fp64 is noise without a scale of its own, so that of the norm is taken.
     """
+    coarse = engine.model.dtype != torch.float64
     buffers = engine.model.flat
     for bucket, shard in zip(buffers.layout.buckets, buffers.gradients.shards):
         start, end = buffers.shard(bucket)
@@ -186,18 +210,28 @@ def _compare_gradients(engine: Engine, known: Any, norm: float, sums: _Sums) -> 
                 first = slot.start + address.start - start
                 found = shard[first : first + true.numel()].double().cpu() / float(engine.step.scaler.value)
                 share = (true.numel() / prod(slot.spec.shape)) ** 0.5  # pieces' floors add up to the tensor's
-                sums.add(f"gradient/{slot.spec.name}", found - true, true, 1e-6 * norm * share)
+                whole = known.get_tensor(f"gradient/{slot.spec.name}")
+                floor = norm if coarse and float(whole.norm()) < ZERO * norm else ZERO * norm
+                sums.add(f"gradient/{slot.spec.name}", found - true, true, floor * share)
             padding = _padding(slot, start, end)
             if bool(shard[padding.start - start : padding.stop - start].any()):
                 sums.add(f"padding/{slot.spec.name}", 1.0, 0.0, 1.0)
 
 
-def _compare_parameters(engine: Engine, known: Any, lr: float, sums: _Sums) -> None:
-    """The model's weights, every replica. The floor is the length of one Adam step."""
+def _compare_parameters(engine: Engine, known: Any, optimizer: OptimizerConfig, norm: float, sums: _Sums) -> None:
+    """The model's weights, every replica. The floor is the length of one Adam step.
+
+    Where the gradient is zero in theory, Adam turns noise of the size that `_compare_gradients` allows, a roundoff of
+    the norm, into steps of lr x noise / eps.
+    """
+    coarse, lr = engine.model.dtype != torch.float64, optimizer.lr
     for slot, flat in _weights(engine):
         true = _box(known, f"parameter/{slot.spec.name}", slot)
         found = flat.view(slot.shape)[tuple(slice(n) for n in slot.size)].double().cpu()
-        sums.add(f"parameter/{slot.spec.name}", found - true, true, lr * true.numel() ** 0.5)
+        floor = lr * true.numel() ** 0.5
+        if coarse and float(known.get_tensor(f"gradient/{slot.spec.name}").norm()) < ZERO * norm:
+            floor = max(floor, lr * norm / optimizer.eps)
+        sums.add(f"parameter/{slot.spec.name}", found - true, true, floor)
         if bool(flat[prod(slot.size) :].any()):
             sums.add(f"padding/{slot.spec.name}", 1.0, 0.0, 1.0)
 
@@ -234,8 +268,8 @@ def _disagreements(digests: list[dict[str, int]]) -> float:
     """How many boxes are not bitwise equal on all ranks that hold them."""
     seen: dict[str, set[int]] = {}
     for rank in digests:
-        for box, digest in rank.items():
-            seen.setdefault(box, set()).add(digest)
+        for box, bits in rank.items():
+            seen.setdefault(box, set()).add(bits)
     return float(sum(len(values) > 1 for values in seen.values()))
 
 
@@ -256,12 +290,13 @@ def _merge(ranks: list[dict[str, list[float]]]) -> dict[str, float]:
 
 
 class Prover:
-    """Runs cells of one job, computing the oracle and the unsharded baseline once."""
+    """Runs cells of one job; the oracle and the unsharded baseline are computed once and kept in ``folder``.
 
-    def __init__(self, config: Config, vocab_size: int, pool: RankPool, folder: Path) -> None:
+    Ranks are the processes of ``pool``, over gloo; without one, threads that exchange tensors (``threads.py``).
+    """
+
+    def __init__(self, config: Config, vocab_size: int, pool: RankPool | None, folder: Path) -> None:
         self.config, self.vocab_size, self.pool, self.folder = config, vocab_size, pool, folder
-        self._truths: dict[str, str] = {}
-        self._baseline: Report | None = None
 
     def layout(
         self, cell: Cell, instrument: str = "", config: Config | None = None
@@ -270,30 +305,64 @@ class Prover:
 
         ``config`` may differ from the prover's in what must change no number, such as recompute.
         """
-        report = self._run(arm_a(config or self.config), cell, instrument)
-        return report, report.worst(lambda name: EXACT)
+        (report,) = self._run(cell, [(arm_a(config or self.config), False)], instrument)
+        return report, report.worst(_exact)
 
     def numerics(self, cell: Cell, config: Config | None = None) -> tuple[Report, tuple[str, float, float]]:
         """Arm B of ``cell``: its report and its worst quantity with its limit; ``config`` as in `layout`."""
-        if self._baseline is None:
-            self._baseline = self._run(self.config, Cell(), replay=True)
-        base = self._baseline.errors
-        report = self._run(config or self.config, cell, replay=True)
-        return report, report.worst(lambda name: _limit(name, base, RESOLUTION[self.config.precision.dtype]))
+        limit = self._limits()
+        (report,) = self._run(cell, [(config or self.config, True)])
+        return report, report.worst(limit)
 
-    def _run(self, config: Config, cell: Cell, instrument: str = "", replay: bool = False) -> Report:
-        checked = check(cell.apply(config), cell.world)
-        args = (checked, self.vocab_size, self._truth(config), instrument, replay)
-        return self.pool.run(cell.world, run_cell, *args)[0]
+    def both(self, cell: Cell) -> list[tuple[str, Report, tuple[str, float, float]]]:
+        """Arms A and B of ``cell`` in one connection: name, report, and worst quantity with its limit."""
+        limits = [_exact, self._limits()]
+        reports = self._run(cell, [(arm_a(self.config), False), (self.config, True)])
+        names = ["A fp64", f"B {self.config.precision.dtype}"]
+        return [(name, report, report.worst(limit)) for name, report, limit in zip(names, reports, limits)]
+
+    def _limits(self) -> Callable[[str], float]:
+        """Arm B's limits, from the unsharded run's errors."""
+        path = self.folder / f"baseline-{_digest(self.config)}.json"
+        if not path.exists():
+            (report,) = self._run(Cell(), [(self.config, True)])
+            _publish(path, lambda part: part.write_text(json.dumps(report.errors)))
+        base, resolution = json.loads(path.read_text()), RESOLUTION[self.config.precision.dtype]
+        return lambda name: _limit(name, base, resolution)
+
+    def _run(self, cell: Cell, configs: list[tuple[Config, bool]], instrument: str = "") -> list[Report]:
+        jobs = [(check(cell.apply(config), cell.world), self._truth(config), replay) for config, replay in configs]
+        work = (jobs, self.vocab_size, instrument)
+        if self.pool is None:
+            every = threads.run(jobs[0][0], cell.world, compare, *work, turns=not instrument)
+        else:
+            every = self.pool.run(cell.world, run_cell, *work)
+        reports: list[Report] = every[0]
+        return reports
 
     def _truth(self, config: Config) -> str:
-        """The oracle's file for the job's number format, which decides how initial weights are rounded."""
-        dtype = config.precision.dtype
-        if dtype not in self._truths:
-            path = self.folder / f"truth-{dtype}-{id(self)}.safetensors"
-            write_truth(config, self.vocab_size, path)
-            self._truths[dtype] = str(path)
-        return self._truths[dtype]
+        """The oracle's file. It depends on the number format, which decides how initial weights are rounded."""
+        path = self.folder / f"truth-{_digest(config)}.safetensors"
+        if not path.exists():
+            _publish(path, lambda part: write_truth(config, self.vocab_size, part))
+        return str(path)
+
+
+def _digest(config: Config) -> str:
+    """Names what does not depend on the layout, so that the workers of one proof share it."""
+    return digest(replace(config, parallel=ParallelConfig()))[:16]
+
+
+def _publish(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``path`` appear whole: another process may be waiting to read it."""
+    part = path.with_suffix(f".{os.getpid()}")
+    write(part)
+    part.replace(path)
+
+
+def _exact(name: str) -> float:
+    """Arm A's limit."""
+    return EXACT
 
 
 def _limit(name: str, base: dict[str, float], resolution: float) -> float:
@@ -310,38 +379,12 @@ def _limit(name: str, base: dict[str, float], resolution: float) -> float:
     kin = [error for key, error in base.items() if _kin(key) == _kin(name)]
     if name.startswith(("loss", "grad_norm")):
         kin.append(statistics.median(error for key, error in base.items() if key.startswith("gradient/")))
-    return max(ALLOWED * max(kin), resolution)
+    worst = max(kin)
+    if not math.isfinite(worst):
+        return 0.0  # an unsharded run that overflows measures nothing
+    return max(ALLOWED * worst, resolution)
 
 
 def _kin(name: str) -> str:
     """What ``name`` shares its baseline with: the same tensor of other blocks, a norm with every other norm."""
     return re.sub(r"\d+", "*", re.sub(r"(blocks\.\d+\.\w+_norm|head\.norm)", "norm", name))
-
-
-def main(config: Config, layouts: list[str], ranks: int) -> int:
-    """Prove the job's model, scaled down, on ``layouts`` (or ``all`` that fit ``ranks``); 0 when all agree."""
-    small, vocab_size = scaled_down(config)
-    m = small.model
-    cells = [parse(text) for text in layouts if text != "all"]
-    if layouts == ["all"]:
-        cells = list(every(ranks, zero=(0, 1, 2, 3), experts=m.experts))
-    console = Console()
-    table = Table("layout", "arm", "worst quantity", "error", "limit", "verdict")
-    table.columns[2].overflow = "fold"
-    failures = 0
-    kernels: dict[str, dict[str, str]] = {}
-    with tempfile.TemporaryDirectory() as folder, RankPool(max(ranks, *(c.world for c in cells))) as pool:
-        prover = Prover(small, vocab_size, pool, Path(folder))
-        for cell in cells:
-            for arm, prove in (("A fp64", prover.layout), (f"B {config.precision.dtype}", prover.numerics)):
-                report, (name, error, limit) = prove(cell)
-                kernels[arm] = report.kernels
-                good = error <= limit
-                failures += not good
-                table.add_row(str(cell), arm, name, f"{error:.1e}", f"{limit:.1e}", "ok" if good else "FAILED")
-    console.print(f"{m.layers} blocks of width {m.hidden}, {vocab_size} ids: the job's model, scaled down")
-    console.print(table)
-    for arm, chosen in kernels.items():
-        console.print(f"arm {arm} ran: " + ", ".join(f"{op} {version}" for op, version in chosen.items()))
-    console.print(f"layouts: {len(cells)}, failures: {failures}")
-    return 1 if failures else 0

@@ -1,9 +1,7 @@
 """Rules of a job, and hundreds of bad jobs that each get one sentence."""
 
 import dataclasses
-import random
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +96,9 @@ def test_defaults_pass_and_data_resolves() -> None:
         ({"model__experts": 2}, None, ["model.bias"]),
         ({"model__experts": 2, "model__bias": False, "model__moe_dense_first": 2}, None,
          ["no block has experts", "model.layers (2)"]),
+        ({"kernels__norm": "fast"}, None, ["kernels.norm", "'auto'", "'fast'"]),
+        ({"parallel__recompute_layers": 2}, None, ["parallel.recompute_layers (2)", "'none'"]),
+        ({"model__heads": 2048, "model__hidden": 4096, "model__attention_dropout": 0.1}, None, ["1024", "2048"]),
         ({"train__run_dir": " "}, None, ["train.run_dir"]),
         ({"model__layers": 2**70}, None, ["model.layers", "2^63"]),
     ],
@@ -136,69 +137,12 @@ def test_every_number_and_choice_has_a_rule() -> None:
     for table in dataclasses.fields(Config):
         for entry in dataclasses.fields(getattr(Config(), table.name)):
             name = f"{table.name}.{entry.name}"
-            if entry.type == "bool" or table.name == "kernels" or name in free:
+            if entry.type == "bool" or name in free:
                 continue
             assert name in CHOICES or name in RANGES, name
     tables = dataclasses.fields(Config)
     known = {f"{t.name}.{e.name}" for t in tables for e in dataclasses.fields(getattr(Config(), t.name))}
     assert set(CHOICES) | set(RANGES) <= known
-
-
-def bad_jobs(seed: int, count: int) -> list[tuple[dict[str, Any], int | None]]:
-    """Good jobs with one thing broken, of shapes, grids, batches, ranges, choices, types and names."""
-    draw = random.Random(seed)
-    numbers = [name for name in RANGES if name != "parallel.data"]
-    jobs: list[tuple[dict[str, Any], int | None]] = []
-    while len(jobs) < count:
-        heads, tensor = draw.choice([4, 8]), draw.choice([1, 2, 4])
-        pipeline, data, micro = draw.choice([1, 2]), draw.choice([1, 2]), draw.choice([1, 2])
-        tables: dict[str, Any] = {
-            "model": {"heads": heads, "hidden": heads * 16, "layers": 4},
-            "parallel": {"tensor": tensor, "pipeline": pipeline, "data": data},
-            "train": {"global_batch": micro * data * draw.randint(1, 4), "microbatch": micro},
-        }
-        check(from_dict(tables))
-        world = None
-        kind = draw.randrange(9)
-        if kind == 0:
-            tables["model"]["heads"] = heads * 16 + draw.randint(1, 9)
-        elif kind == 1:
-            world = tensor * pipeline * data + draw.choice([-1, 1, 3])
-        elif kind == 2:
-            tables["parallel"]["data"], tables["train"]["microbatch"] = 2, 2
-            tables["train"]["global_batch"] = 4 * draw.randint(0, 9) + draw.randint(1, 3)
-        elif kind == 3:
-            table, key = draw.choice(numbers).split(".")
-            tables.setdefault(table, {})[key] = -draw.randint(1, 10**6)
-        elif kind == 4:
-            table, key = draw.choice(list(CHOICES)).split(".")
-            tables.setdefault(table, {})[key] = -1 if key == "zero" else "".join(draw.sample("abcxyz -_", 5))
-        elif kind == 5:
-            table, key = draw.choice(numbers).split(".")
-            tables.setdefault(table, {})[key] = draw.choice(["3", True, [1], {"a": 1}, None])
-        elif kind == 6:
-            table, key = draw.choice(numbers).split(".")
-            tables.setdefault(table, {})[key + draw.choice("xyz_")] = 1
-        elif kind == 7:
-            tables[draw.choice(["modle", "Train", "", "optim"])] = {}
-        else:
-            tables["model"]["layers"], tables["parallel"]["pipeline"] = 2, draw.randint(3, 50)
-            tables["train"]["global_batch"] = 64
-        jobs.append((tables, world))
-    return jobs
-
-
-def test_hundreds_of_bad_jobs_each_get_one_sentence() -> None:
-    seed = random.randrange(2**32)
-    start = time.monotonic()
-    for number, (tables, world) in enumerate(bad_jobs(seed, 600)):
-        with pytest.raises(ConfigError) as refusal:
-            check(from_dict(tables), world)
-            print(f"seed {seed}, job {number} was accepted: {tables}, world {world}")
-        message = str(refusal.value)
-        assert "\n" not in message and len(message) < 1200, (seed, number, message)
-        assert not re.search(r"[.!?] [A-Z]", message), (seed, number, message)
-    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

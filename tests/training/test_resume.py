@@ -35,7 +35,7 @@ def resumed(config: Config, source: Path, step: int, folder: Path, **train: obje
         ("1x1x1", "fp32", range(1, STEPS)),
         ("2x1x2+sp+zero1", "bf16", range(1, STEPS)),
         ("1x2x2+zero1", "fp16", random.Random(SEED).sample(range(1, STEPS), 3)),
-        ("2x2x1", "fp32", random.Random(SEED + 1).sample(range(1, STEPS), 3)),
+        ("1x2x2", "fp32", random.Random(SEED + 1).sample(range(1, STEPS), 3)),
         ("1x2x2+zero3+offload", "bf16", random.Random(SEED + 2).sample(range(1, STEPS), 2)),
         pytest.param(
             "2x1x2+sp+zero3+offload-parameters", "fp16", random.Random(SEED + 3).sample(range(1, STEPS), 3),
@@ -44,7 +44,7 @@ def resumed(config: Config, source: Path, step: int, folder: Path, **train: obje
         pytest.param("1x2x2+zero2+zb-h1", "bf16", range(1, STEPS), marks=pytest.mark.nightly),
     ],
     ids=[
-        "1x1x1-fp32", "2x1x2+sp+zero1-bf16", "1x2x2+zero1-fp16", "2x2x1-fp32", "1x2x2+zero3+offload-bf16",
+        "1x1x1-fp32", "2x1x2+sp+zero1-bf16", "1x2x2+zero1-fp16", "1x2x2-fp32", "1x2x2+zero3+offload-bf16",
         "2x1x2+sp+zero3+offload-parameters-fp16", "1x2x2+zero2+zb-h1-bf16",
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,3 +82,25 @@ def test_evaluation_does_not_change_training() -> None:
             one.step.evaluate(steps[1], 50)
         one.step(steps[1], 50, 1, 1e-3)
     assert all(torch.equal(*both) for both in zip(*(one.model.flat.weights.shards for one in made)))
+
+
+def test_validation_loss_is_the_training_loss() -> None:
+    """The same batch at the same weights, dropout off."""
+    config, vocab_size = scaled_down(Config(model=ModelConfig()))
+    made = build(Cell().apply(config), single(), torch.device("cpu"), vocab_size)
+    batch = batches(config, vocab_size, 1)[0]
+    targets = int(sum(float(m.weights.sum()) for m in batch))
+    assert float(made.step.evaluate(batch, targets)) == float(made.step(batch, targets, 0, 1e-3).loss)
+
+
+def test_the_loss_scale_leaves_no_trace() -> None:
+    """An update must not depend on it. Arm B of verify cannot see it: the unsharded run has the same scale."""
+    weights = []
+    for scale in (256.0, 1024.0):
+        config, vocab_size = scaled_down(Config(model=ModelConfig(), precision=PrecisionConfig(dtype="fp16")))
+        config = Cell().apply(replace(config, precision=replace(config.precision, initial_loss_scale=scale)))
+        made = build(config, single(), torch.device("cpu"), vocab_size)
+        result = made.step(batches(config, vocab_size, 1)[0], 50, 0, 1e-2)
+        assert not float(result.skipped) and float(result.loss_scale) == scale
+        weights.append(torch.cat(made.step.optimizer.state["weight"]))
+    assert float((weights[0] - weights[1]).abs().max()) < 1e-4  # a hundredth of the learning rate

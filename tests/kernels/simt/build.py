@@ -15,6 +15,8 @@ from pathlib import Path
 from megapre.kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[3]
+HEALTHY = Path(os.environ.get("MEGAPRE_HEALTHY_CSRC", ROOT / "csrc"))
+"""The sources from which calls are recorded; those under test are another copy when a bug is planted in them."""
 COMMON = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wall", "-Werror",
           "-Wno-unknown-pragmas", "-Wno-unused-function"]  # fmt: skip
 SANITIZERS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -37,9 +36,7 @@ class Machine:
 def machine() -> Machine:
     if build.missing():
         pytest.skip(build.missing())
-    # A mutant's library comes from tests/mutants/kernels/run.py.
-    given = os.environ.get("MEGAPRE_SIMT_LIBRARY")
-    return Machine(Path(given) if given else build.build())
+    return Machine(build.build())
 
 
 @pytest.fixture

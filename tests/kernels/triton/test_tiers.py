@@ -131,17 +131,3 @@ def test_no_spills_at_other_widths_and_types():
 @pytest.mark.nightly
 def test_the_whole_grid_in_the_interpreter():
     assert passed(start(*values("nightly and not gpu"), TRITON_INTERPRET="1")) > 80
-
-
-def test_mutants_apply():
-    patches = sorted((ROOT / "tests/mutants/triton").glob("*.patch"))
-    assert len(patches) >= 12
-    for patch in patches:
-        done = subprocess.run(["git", "apply", "--check", patch], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, f"{patch.name}: {done.stderr}"
-
-
-@pytest.mark.nightly
-def test_mutants_are_killed():
-    done = subprocess.run([sys.executable, "tests/mutants/triton/check.py"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,7 +1,7 @@
-"""Seeded bugs: each re-creates one that a real engine had, and names the test that must notice it.
+"""Seeded bugs of the engine: each re-creates one that a real engine had, and names the test that must notice it.
 
-``exhibit`` refers to the public threads quoted in the note. A mutant that no longer applies fails its test too:
-a mutant that cannot be planted proves nothing.
+``exhibits.py`` says which mutants stand for which exhibit. A mutant that no longer applies is a fault of the museum:
+one that cannot be planted proves nothing. Those of data, checkpoints and kernels are in ``state.py``, ``kernels.py``.
 """
 
 from __future__ import annotations
@@ -11,14 +11,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutant:
-    """Replace ``old`` by ``new`` once in ``file``; ``test`` must then fail."""
+    """Replace ``old`` by ``new`` once in ``file``; then ``test`` must fail, each of them where there are several.
+
+    A test is a pytest id, or a file of which one test must fail.
+    """
 
     name: str
     file: str
     old: str
     new: str
-    test: str
+    test: str | tuple[str, ...]
     note: str
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """All that must fail."""
+        return (self.test,) if isinstance(self.test, str) else self.test
 
 
 LAYOUTS = "tests/equivalence/test_layouts.py::test_layout_agrees_with_the_oracle"
@@ -31,7 +39,7 @@ MUTANTS = (
         "norm-gradient-not-summed-over-sequence-shards",
         "megapre/parallel/placement.py",
         'return "tensor" if sequence_parallel or self.token_shard else ""',
-        'return ""',
+        'return "tensor" if self.token_shard else ""',
         f"{LAYOUTS}[gpt-2x1x1+sp]",
         "replicated weights that see a shard of the sequence: Megatron-LM's sequence_parallel attribute was forgotten",
     ),
@@ -115,22 +123,6 @@ MUTANTS = (
         "valid = width",
         f"{LAYOUTS}[gpt-2x1x1]",
         "Megatron-LM #1754: vocabulary that TP does not divide",
-    ),
-    Mutant(
-        "head-input-gradient-not-summed",
-        "megapre/parallel/tensor.py",
-        "ctx.axis.all_reduce(dx).wait()",
-        "pass",
-        f"{LAYOUTS}[gpt-2x1x1]",
-        "each rank's part of the vocabulary alone reaches the blocks",
-    ),
-    Mutant(
-        "softmax-sums-of-different-maxima",
-        "megapre/parallel/tensor.py",
-        "sums = [total * torch.exp(largest - overall),",
-        "sums = [total,",
-        f"{LAYOUTS}[gpt-2x1x1]",
-        "vocabulary-parallel sums added without rescaling to the common maximum",
     ),
     Mutant(
         "bias-added-by-every-tensor-rank",
@@ -286,93 +278,228 @@ MUTANTS = (
         "the next bucket's gradients staged over those being read",
     ),
     Mutant(
-        "optimizer-step-count-lost-on-resume",
-        "megapre/training/trainer.py",
-        '    step.optimizer.steps.fill_(state["optimizer_steps"])\n',
-        "",
-        "tests/training/test_resume.py::test_resume_is_bitwise_at_every_step[1x1x1-fp32]",
-        "Automodel #763: optimizer state not loaded, no error",
+        "mean-of-microbatch-means",
+        "megapre/training/loss.py",
+        "scale = context.weights.to(self.scale.dtype) * self.scale",
+        "scale = context.weights.to(self.scale.dtype) / context.weights.sum() / 4",
+        f"{LAYOUTS}[gpt-1x1x1]",
+        "transformers PR #34191: microbatches with few targets are over-weighted",
     ),
     Mutant(
-        "asynchronous-save-without-a-copy",
-        "megapre/checkpoint/format.py",
-        "    sums = _pour(plan, _Memory(buffer), GRAIN)\n",
-        "    if not any(buffer):\n        _pour(plan, _Memory(buffer), GRAIN)\n"
-        "    sums = [crc32(buffer[first : plan.bytes][:CHUNK]) for first in range(0, plan.bytes, CHUNK)]\n",
-        "tests/checkpoint/test_writer.py::test_what_is_saved_is_the_moment_of_the_call",
-        "NeMo RL #3312: every checkpoint after the first held the first save's weights",
-    ),
-    Mutant(
-        "checksums-of-the-copy",
-        "megapre/checkpoint/format.py",
-        "            if crc32(data) != expected:",
-        "            staged.crc32[number] = expected = crc32(data)\n            if crc32(data) != expected:",
-        "tests/checkpoint/test_writer.py::test_memory_that_changes_before_it_is_written_is_noticed",
-        "checksums taken of what was staged, not of the live tensors: a bit that flips in between is never seen",
-    ),
-    Mutant(
-        "rename-before-the-files-are-durable",
-        "megapre/checkpoint/format.py",
-        "            file.write(data)\n        file.flush()\n        os.fsync(file.fileno())",
-        "            file.write(data)\n        file.flush()",
-        "tests/checkpoint/test_writer.py::test_a_loss_of_power_leaves_the_old_or_the_new[new step-async]",
-        "Megatron's tracker: open('w') without fsync left an empty file after 2 of 60 kills",
-    ),
-    Mutant(
-        "last-save-believed-although-it-failed",
-        "megapre/training/trainer.py",
-        "            self.saved = -1\n",
-        "",
-        "tests/training/test_saving.py::test_a_last_save_that_fails_is_the_failure_of_the_run",
-        "a run that ends with code 0 and without its last checkpoint",
-    ),
-    Mutant(
-        "loss-not-looked-at",
+        "pipelines-back-propagate-the-sum",
         "megapre/training/step.py",
-        "        self.local_loss = total.clone()\n        self.grid.world.all_reduce(total).wait()",
-        "        self.grid.world.all_reduce(total).wait()\n        self.local_loss = total.clone()",
-        "tests/resilience/test_guard.py::test_a_step_that_is_not_finite_is_skipped_by_all_and_named[loss]",
-        "after the sum every rank's loss is NaN and none can be named",
+        "loss = Loss(self.scaler.value / targets,",
+        "loss = Loss(self.scaler.value / (targets if self.grid.pipeline.size == 1 else 1),",
+        f"{LAYOUTS}[gpt-1x2x1]",
+        "torchtitan #2972: gradients of the pipeline path too large by the number of tokens",
     ),
     Mutant(
-        "spiked-checkpoints-stay",
-        "megapre/training/rewind.py",
-        "            store.remove_after(root, step)\n",
+        "norm-counts-data-replicas",
+        "megapre/optim/clip.py",
+        "(start, end), origin = buffers.share(bucket), buffers.shard(bucket)[0]",
+        "start, end = origin, _ = buffers.shard(bucket)",
+        f"{LAYOUTS}[gpt-1x1x2]",
+        "torchtitan #2318: the norm off by the number of replicas",
+    ),
+    Mutant(
+        "stages-divide-gradients-again",
+        "megapre/parallel/pipeline/executor.py",
+        "tuple(g for g in gradients if g is not None)",
+        "tuple(g / 2 for g in gradients if g is not None)",
+        f"{LAYOUTS}[gpt-1x2x1]",
+        "DeepSpeed PR #8154: every stage's gradient scaled once more",
+    ),
+    Mutant(
+        "loss-scale-stays-in-the-gradients",
+        "megapre/training/step.py",
+        "divisor = scale * torch.clamp(norm / clip, min=1.0) if clip else scale",
+        "divisor = torch.clamp(norm / clip, min=1.0)",
+        "tests/training/test_step.py::test_the_loss_scale_leaves_no_trace",
+        "DeepSpeed PR #7839: gradients and loss scale out of step",
+    ),
+    Mutant(
+        "clip-on-the-first-tensor-rank-only",
+        "megapre/training/step.py",
+        "scale * torch.clamp(norm / clip, min=1.0) if clip else scale",
+        "scale * torch.clamp(norm / clip, min=1.0) if not self.grid.tensor.rank else scale",
+        f"{LAYOUTS}[gpt-2x1x1]",
+        "BLOOM-176B: norms of tensor ranks above 0 drifted for 17,000 steps",
+    ),
+    Mutant(
+        "dropout-seed-by-rank",
+        "megapre/training/step.py",
+        "self.model.context(m, seed=seed,",
+        "self.model.context(m, seed=seed + self.grid.tensor.rank,",
+        f"{LAYOUTS}[llama-2x1x1]",
+        "Megatron-LM PR #206: the generator of tensor rank 0 ran ahead",
+    ),
+    Mutant(
+        "sequence-shards-drop-the-same-rows",
+        "megapre/models/block.py",
+        "positions = ctx.places[ctx.shard]",
+        "positions = ctx.places[: len(ctx.places[ctx.shard])]",
+        f"{LAYOUTS}[llama-4x1x2+sp+zero1]",
+        "Megatron-LM #1256: dropout without the sequence-parallel generator",
+    ),
+    Mutant(
+        "ulysses-heads-interleaved",
+        "megapre/parallel/context.py",
+        "x.view(rows, batch, axis.size, heads // axis.size, width).permute(2, 0, 1, 3, 4)",
+        "x.view(rows, batch, heads // axis.size, axis.size, width).permute(3, 0, 1, 2, 4)",
+        "tests/equivalence/test_layouts.py::test_context_parallel_agrees[gpt-1x1x1+ulysses:2]",
+        "torchtitan PR #3206: the wrong axis after a transpose; query and key heads no longer match their dropout",
+    ),
+    Mutant(
+        "cross-entropy-of-this-rank's-vocabulary",
+        "megapre/parallel/tensor.py",
+        "    axis.all_reduce(both).wait()\n",
         "",
-        "tests/resilience/test_guard.py::test_a_spike_removes_what_was_saved_after_it",
-        "a restart after a rewind resumes from the newest checkpoint, which holds the spike",
+        f"{LAYOUTS}[gpt-2x1x1]",
+        "Megatron-LM #7452: a loss that differs between tensor ranks",
     ),
     Mutant(
-        "window-lost-on-rewind",
-        "megapre/training/trainer.py",
-        '        self.guard.load(state.get("guard", {}), self.done)\n',
-        "",
-        "tests/resilience/test_guard.py::test_a_spike_goes_back_and_leaves_its_batch_out",
-        "the steps between checkpoint and spike count twice in the window",
+        "tied-bucket-reduced-twice",
+        "megapre/parallel/zero.py",
+        "[self._reduce(index) for index, bucket in enumerate(self._buckets) if bucket.tied]",
+        "[self._reduce(index) for index, bucket in enumerate(self._buckets) for _ in range(2) if bucket.tied]",
+        f"{LAYOUTS}[bert-1x2x2]",
+        "torchtitan PR #3174: the tied parameter's gradient counted twice",
     ),
     Mutant(
-        "skipped-batches-shift-by-one",
-        "megapre/data/loader.py",
-        "        if number > step:",
-        "        if number >= step:",
-        "tests/resilience/test_guard.py::test_batches_that_are_left_out_are_counted_once",
-        "the batch to leave out runs, and another is lost",
+        "microbatches-overwrite-each-other",
+        "megapre/kernels/weight_gradient.py",
+        "        main_grad.addmm_(dy.t(), x)\n    else:",
+        "        main_grad.copy_(dy.t() @ x)\n    else:",
+        f"{LAYOUTS}[gpt-1x1x1]",
+        "DeepSpeed PR #6550: gradients copied instead of added on some microbatches",
     ),
     Mutant(
-        "failed-self-test-leaves-the-collectives",
-        "megapre/resilience/selftest.py",
-        "        if not torch.equal(summed, base * (axis.size * (axis.size + 1) // 2)):",
-        "        if False:",
-        "tests/resilience/test_guard.py::test_a_rank_that_computes_wrong_is_named_before_it_trains[network]",
-        "NCCL #596: a collective returns wrong data",
+        "sum-over-data-ranks-but-not-context",
+        "megapre/parallel/grid.py",
+        "replicas=own_replicas,",
+        "replicas=data,",
+        "tests/equivalence/test_layouts.py::test_context_parallel_agrees[gpt-1x1x1+ring:2]",
+        "Megatron-LM #673: gradients divided by dp and not dp x cp",
     ),
     Mutant(
-        "samples-by-rank-order",
-        "megapre/data/loader.py",
-        "first = plan.first + (m * self._size + self._rank) * self._micro",
-        "first = plan.first + self._rank * self._micro + m",
-        "tests/training/test_resume.py::test_another_data_size_changes_no_global_batch",
-        "the global batch depends on the data-parallel size",
+        "layer-number-forgotten",
+        "megapre/models/build.py",
+        "attention = Attention(config, number, qkv",
+        "attention = Attention(config, 1, qkv",
+        f"{LAYOUTS}[llama-2x1x1]",
+        "Megatron-LM !2592: an option that depends on the layer took the wrong number",
+    ),
+    Mutant(
+        "rows-that-read-nothing-become-nan",
+        "megapre/parallel/context.py",
+        "seen = after.masked_fill(after == -torch.inf, 0.0)",
+        "seen = after",
+        "tests/equivalence/test_layouts.py::test_context_parallel_agrees[llama-1x1x1+ring:2]",
+        "Megatron-LM PR #5635: document masks gave NaN",
+    ),
+    Mutant(
+        "document-mask-ignored",
+        "megapre/models/attention.py",
+        "documents = None if ctx.segments is None else (ctx.segments, ctx.segments)",
+        "documents = None",
+        f"{LAYOUTS}[llama-2x1x1]",
+        "flash-attention #161: attention across documents",
+    ),
+    Mutant(
+        "recompute-draws-another-mask",
+        "megapre/parallel/pipeline/executor.py",
+        "outputs = layer(self.contexts[m], *inputs)",
+        "outputs = layer(__import__('dataclasses').replace(self.contexts[m], step=7), *inputs)",
+        "tests/equivalence/test_layouts.py::test_recompute_changes_no_bit[1x1x1]",
+        "OLMo-core PR #828: backward used a different dropout mask",
+    ),
+    Mutant(
+        "evaluation-turns-dropout-off-for-good",
+        "megapre/models/block.py",
+        "        if not (ctx.training and self.probability):\n",
+        "        if not ctx.training:\n            self.probability = 0.0\n        if not self.probability:\n",
+        "tests/training/test_step.py::test_evaluation_does_not_change_training",
+        "Megatron-LM 7cc8d839e4: dropout off for the rest of training",
+    ),
+    Mutant(
+        "overflow-not-skipped",
+        "megapre/training/step.py",
+        "skip = (~torch.isfinite(norm + loss)).to(torch.float32)",
+        "skip = torch.zeros((), dtype=torch.float32)",
+        "tests/training/test_step.py::test_a_non_finite_gradient_leaves_weights_and_moments_alone",
+        "DeepSpeed PR #7645: overflow handling in the wrong branch",
+    ),
+    Mutant(
+        "steps-skipped-when-healthy",
+        "megapre/optim/adamw.py",
+        "self.steps += 1 - skip",
+        "self.steps += skip",
+        f"{LAYOUTS}[gpt-1x1x1]",
+        "DeepSpeed PR #7645: the step counter of healthy steps",
+    ),
+    Mutant(
+        "evaluation-divides-twice",
+        "megapre/training/step.py",
+        "_shape(microbatches), self.flat)\n        return self._mean_loss(losses) / self.scaler.value",
+        "_shape(microbatches), self.flat)\n        return self._mean_loss(losses) / self.scaler.value / targets",
+        "tests/training/test_step.py::test_validation_loss_is_the_training_loss",
+        "torchtitan #2318: the validation loss divided twice",
+    ),
+    Mutant(
+        "schedule-never-reaches-the-optimizer",
+        "megapre/training/step.py",
+        "rate = torch.tensor(lr, ",
+        "rate = torch.tensor(self.config.optimizer.lr, ",
+        f"{LAYOUTS}[gpt-1x1x1]",
+        "Megatron-LM 1505db4cc4: the scheduler changed the rate of nothing",
+    ),
+    Mutant(
+        "decay-of-the-wrong-tensors",
+        "megapre/optim/adamw.py",
+        "weight_decay=config.weight_decay if decay else 0.0",
+        "weight_decay=0.0 if decay else config.weight_decay",
+        f"{LAYOUTS}[gpt-1x1x1]",
+        "Megatron-LM PR #4705: settings of another parameter group",
+    ),
+    Mutant(
+        "comparer-takes-the-best",
+        "megapre/verify/run.py",
+        "name = max(self.errors, key=",
+        "name = min(self.errors, key=",
+        "tests/verify/test_comparer.py::test_one_wrong_quantity_among_many_is_enough",
+        "Megatron-LM PR #4238: a golden test passed when 1 % of the steps agreed",
+    ),
+    Mutant(
+        "comparer-passes-nan",
+        "megapre/verify/run.py",
+        'return float("inf") if error != error else error / limit',
+        "return error / limit",
+        "tests/verify/test_comparer.py::test_nan_is_the_worst",
+        "a comparison with NaN is never true",
+    ),
+    Mutant(
+        "overflowing-baseline-allows-all",
+        "megapre/verify/run.py",
+        "if not math.isfinite(worst):",
+        "if worst != worst:",
+        "tests/verify/test_comparer.py::test_a_baseline_that_overflows_allows_nothing",
+        "fp16 steps that overflow on one rank as on many agree about nothing",
+    ),
+    Mutant(
+        "comparer-averages-over-ranks",
+        "megapre/verify/run.py",
+        "worst[name] = max(worst.get(name, 0.0), difference / max(true, floor, 1e-300))",
+        "worst[name] = difference / max(true, floor, 1e-300)",
+        "tests/verify/test_comparer.py::test_one_rank_with_another_loss_is_enough",
+        "Megatron-LM PR #4238: the last wrong step or rank went unnoticed",
+    ),
+    Mutant(
+        "replica-check-needs-three-opinions",
+        "megapre/verify/run.py",
+        "len(values) > 1 for values",
+        "len(values) > 2 for values",
+        "tests/verify/test_comparer.py::test_one_flipped_bit_in_one_replica_is_seen",
+        "Megatron-LM !2362: the detector of silent corruption compared over the wrong group",
     ),
     Mutant(
         "router-gradient-of-one-shard-of-the-tokens",
@@ -479,14 +606,6 @@ MUTANTS = (
         "",
         "tests/training/test_experts.py::test_resume_with_experts_is_bitwise[1x2x2+ep:2-fp32]",
         "a buffer that no checkpoint holds",
-    ),
-    Mutant(
-        "resume-starts-the-data-anew",
-        "megapre/train.py",
-        '    return int(state["step"])',
-        "    return 0",
-        "tests/training/test_ramps.py::test_resume_is_bitwise_at_every_step_of_the_ramps[1x2x2+zero1]",
-        "B54, Megatron-LM e2a4d42675: consumed samples came from the arguments, so the data began again",
     ),
     Mutant(
         "last-window-one-too-many",
@@ -601,10 +720,28 @@ MUTANTS = (
         "tests/planner/test_memory.py::test_stages_hold_what_is_in_flight",
         "1F1B holds p - r microbatches on rank r",
     ),
+    Mutant(
+        "head-input-gradient-not-summed",
+        "megapre/parallel/tensor.py",
+        "ctx.axis.all_reduce(dx).wait()",
+        "pass",
+        f"{LAYOUTS}[gpt-2x1x1]",
+        "each rank's part of the vocabulary alone reaches the blocks",
+    ),
+    Mutant(
+        "softmax-sums-of-different-maxima",
+        "megapre/parallel/tensor.py",
+        "sums = [total * torch.exp(largest - overall),",
+        "sums = [total,",
+        f"{LAYOUTS}[gpt-2x1x1]",
+        "vocabulary-parallel sums added without rescaling to the common maximum",
+    ),
 )
-"""Those marked in ``QUICK`` run in `make test`, all of them in the nightly lane."""
+"""Of all mutants, those of ``QUICK`` run in `make test`, all of them in the nightly lane."""
 
 QUICK = (
     "kv-head-copies-not-summed", "sum-of-input-gradients-not-awaited", "denominator-of-this-rank",
-    "zero3-layer-does-not-wait-for-its-weights", "expert-gradients-over-the-dense-replicas",
+    "microbatches-overwrite-each-other", "zero3-layer-does-not-wait-for-its-weights", "comparer-takes-the-best",
+    "every-epoch-in-the-same-order", "checksum-not-compared", "expert-gradients-over-the-dense-replicas",
+    "triton-rope-interleaved-sign",
 )  # fmt: skip
