@@ -42,7 +42,7 @@ def measure(
 ) -> tuple[Config, Cell, list[tuple[dict[str, int], int, int]]]:
     cell = parse(layout)
     config, _ = scaled_down(job)
-    config = check(cell.apply(replace(config, train=replace(config.train, microbatch=2))), cell.world)
+    config = check(cell.apply(replace(config, train=replace(config.train, microbatch=2, global_batch=8))), cell.world)
     return config, cell, pool.run(cell.world, traffic, config)
 
 

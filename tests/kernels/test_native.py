@@ -3,10 +3,14 @@
 import pytest
 import torch
 
+from megapre.kernels.attention import Problem, arguments
+from megapre.kernels.mask import Mask
 from megapre.random import native
 
 
 def cases():
+    q, k = torch.randn(5, 2, 4, 8), torch.randn(5, 2, 2, 8)
+    asked = arguments(q, k, Problem(Mask(causal=True), torch.randn(4, 9), None, 0.5))
     x, w, grad = torch.randn(6, 10), torch.randn(10), torch.randn(6, 10)
     targets, positions, samples = torch.tensor([0, 1, 2, 3, -1, 9]), torch.arange(6), torch.arange(2)
     ops, scalar = torch.ops.megapre, torch.tensor(2.0)
@@ -39,6 +43,8 @@ def cases():
         "philox_normal_": (torch.empty(3, 2), [1, 2, 3, 4], [6, 4], [1, 1]),
         "keep_mask": (5, 1, [7, 8], positions, samples, 3, 11, 0.25),
         "dropout": (torch.randn(6, 2, 9), 5, 1, 7, positions, samples, 0.25),
+        "attention_forward": (q, k, k, *asked),
+        "attention_backward": (q, q, k, k, torch.rand(2, 4, 5), torch.rand(2, 4, 5), *asked),
     }, ops
 
 

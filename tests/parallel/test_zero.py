@@ -250,7 +250,7 @@ def test_stages_and_offload_change_no_bit(pool: RankPool) -> None:
 
     def weights(layout: str, microbatch: int) -> list[list[Tensor]]:
         config, vocab_size = small(layout, BF16, bucket_elements=1)
-        config = replace(config, train=replace(config.train, microbatch=microbatch))
+        config = replace(config, train=replace(config.train, global_batch=8, microbatch=microbatch))
         return pool.run(2, trained, config, vocab_size)
 
     def same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
