@@ -42,6 +42,10 @@ class Request:
     json: bool = False
 
 
+WIDTH = 110
+"""Columns below which a table's numbers would be cut."""
+
+
 def main(job: str, overrides: Sequence[str], request: Request) -> int:
     """Plan, print, and write what was asked for."""
     config, device = load(job, overrides), hardware.load(request.gpu)
@@ -52,6 +56,7 @@ def main(job: str, overrides: Sequence[str], request: Request) -> int:
     if not vocab:
         raise ConfigError("model.vocab_size is 0, to be taken from the data, which plan does not read: set it")
     console, constants = Console(), fitted.of(device)
+    console.width = max(console.width, WIDTH)
     found: Found | None = None
     if request.search:
         started = clock.monotonic()

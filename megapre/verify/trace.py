@@ -169,6 +169,8 @@ def observe(config: Config, grid: Grid, vocab_size: int) -> tuple[Engine, dict[s
     with Ledger() as ledger:
         engine = build(config, grid, torch.device("cpu"), vocab_size, initialise=False)
         ledger.name_static(engine)
+        ledger.refresh()
+        ledger.peak = ledger.living.copy()  # of the step, not of building
         static = {kind: ledger.living[kind] for kind in KINDS}
         ledger.phase, ledger.logits_width = "activations", -(-vocab_size // grid.tensor.size)
         loss, rms = engine.step.compute_gradients(_microbatches(config), 1, 0)
