@@ -151,7 +151,7 @@ EXHIBITS = (
     Exhibit(80, "a collective returned wrong data (NCCL #596)",
             ("failed-self-test-leaves-the-collectives",)),
     Exhibit(81, "microbatches change between steps (SkyRL PR #2146)",
-             later="tests/training/test_ramps.py holds ramps to one rank; no mutant yet"),
+            ("first-plan-of-a-ramp-kept",)),
     Exhibit(82, "engine upgraded by accident (OPT-175B)",
-            later="checkpoints record the versions and a resume tells of changes; no mutant yet"),
+            ("change-of-versions-not-told",)),
 )  # fmt: skip

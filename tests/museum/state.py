@@ -8,6 +8,22 @@ RESUME = "tests/training/test_resume.py::test_resume_is_bitwise_at_every_step"
 
 STATE = (
     Mutant(
+        "change-of-versions-not-told",
+        "megapre/monitor/fingerprint.py",
+        "name not in ADVISORY and name in old and old[name] != new[name]",
+        "name == 'revision' and name in old and old[name] != new[name]",
+        "tests/training/test_resume.py::test_another_environment_is_named",
+        "OPT-175B: an accidental upgrade of the engine in the middle of a run",
+    ),
+    Mutant(
+        "first-plan-of-a-ramp-kept",
+        "megapre/training/step.py",
+        "key = (microbatches, training)",
+        "key = (0, training)",
+        "tests/training/test_ramps.py",
+        "SkyRL PR #2146: microbatches change between steps, and the first step's number is used for all",
+    ),
+    Mutant(
         "optimizer-step-count-lost-on-resume",
         "megapre/training/trainer.py",
         '    step.optimizer.steps.fill_(state["optimizer_steps"])\n',
