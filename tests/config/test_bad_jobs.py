@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from megapre.config.check import CHOICES, RANGES, ConfigError, check
+from megapre.config.check import ConfigError, check
+from megapre.config.limits import CHOICES, RANGES
 from megapre.config.load import from_dict, load
 from megapre.kernels.registry import TABLE
 

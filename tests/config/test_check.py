@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megapre.config.check import CHOICES, RANGES, ConfigError, check, world_size
+from megapre.config.check import ConfigError, check, world_size
+from megapre.config.limits import CHOICES, RANGES
 from megapre.config.load import from_dict, load
 from megapre.config.schema import Config
 

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 
-from megapre.config.check import CHOICES
+from megapre.config.limits import CHOICES
 from megapre.config.schema import Config
 from megapre.verify.cells import Cell, parse, scaled_down
 from megapre.verify.matrix import AXES, blame, candidates, matrix, options, pairs, smallest_failure, without

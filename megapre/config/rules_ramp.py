@@ -1,4 +1,4 @@
-"""What the ramps of batch and sequence must satisfy, for ``check.py``."""
+"""What the ramps of batch and sequence must satisfy; rules as in ``check.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job with a mixture of experts must satisfy; rules as in ``config/check.py``."""
+"""What a job with a mixture of experts must satisfy; rules as in ``check.py``."""
 
 from __future__ import annotations
 
@@ -60,3 +60,6 @@ def experts_fit(config: Config) -> str | None:
             f"parallel.tensor ({parallel.tensor})"
         )
     return None
+
+
+EXPERT_RULES = (experts_fit, expert_mesh_fits)
