@@ -29,7 +29,8 @@ from megapre.resilience.ranks import Ranks
 from megapre.resilience.selftest import selftest
 from megapre.resilience.signals import StopRequest
 from megapre.training.engine import Engine, build
-from megapre.training.trainer import HostSync, Trainer, restore
+from megapre.training.resume import restore
+from megapre.training.trainer import HostSync, Trainer
 
 
 def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:

@@ -18,7 +18,7 @@ from megapre.models.context import KVCache
 from megapre.parallel.grid import single
 from megapre.tokenizers.load import load as load_tokenizer
 from megapre.training.engine import Engine, build
-from megapre.training.trainer import restore
+from megapre.training.resume import restore
 
 
 def open_checkpoint(path: Path) -> tuple[Config, Engine]:

@@ -155,42 +155,25 @@ class Chain:
         problem = _problem(q, k, v, mask, bias, dropout, scale)
         return self.pick(q, k, problem).run(q, k, v, problem)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        mask: Mask,
-        bias: Tensor | None = None,
-        dropout: AttentionDropout | None = None,
-        scale: float | None = None,
-    ) -> Halves:
-        """Out [s, b, hq, d] and log-sum-exp [b, hq, s], both fp32 (fp64): parts of a softmax over more keys."""
-        problem = _problem(q, k, v, mask, bias, dropout, scale, wide=True)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Halves:
+        """Out [s, b, hq, d] and log-sum-exp [b, hq, s], both fp32 (fp64): parts of a softmax over more keys.
+
+        ``options`` are those of :meth:`__call__`.
+        """
+        problem = _problem(q, k, v, **options, wide=True)
         version = self.pick(q, k, problem, halves=True)
         assert version.forward_ is not None
         return version.forward_(q, k, v, problem)
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        lse: Tensor,
-        delta: Tensor,
-        mask: Mask,
-        bias: Tensor | None = None,
-        dropout: AttentionDropout | None = None,
-        scale: float | None = None,
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, *, lse: Tensor, delta: Tensor, **options: Any
     ) -> Gradients:
         """Gradients of q, k, v and bias (None without one), fp32 (fp64), of the part that these keys have.
 
-        ``lse`` and ``delta`` [b, hq, s] are those of the whole softmax: delta = sum over d of do x out.
+        ``lse`` and ``delta`` [b, hq, s] are those of the whole softmax: delta = sum over d of do x out. ``options`` are
+        those of :meth:`__call__`.
         """
-        problem = _problem(q, k, v, mask, bias, dropout, scale, wide=True)
+        problem = _problem(q, k, v, **options, wide=True)
         version = self.pick(q, k, problem, halves=True)
         assert version.backward_ is not None
         return version.backward_(do, q, k, v, lse, delta, problem)
@@ -201,9 +184,9 @@ def _problem(
     k: Tensor,
     v: Tensor,
     mask: Mask,
-    bias: Tensor | None,
-    dropout: AttentionDropout | None,
-    scale: float | None,
+    bias: Tensor | None = None,
+    dropout: AttentionDropout | None = None,
+    scale: float | None = None,
     wide: bool = False,
 ) -> Problem:
     (s, b, heads, d), t = q.shape, k.shape[0]

@@ -21,73 +21,48 @@ from megapre.kernels.registry import Kernels
 from megapre.parallel.comm import Axis
 from megapre.parallel.tensor import gather, scatter_sum
 
+Mapping = Callable[[Tensor, Axis], Tensor]
 
-class _Divide(torch.autograd.Function):
+
+def _own(x: Tensor, axis: Axis) -> Tensor:
+    return x.chunk(axis.size)[axis.rank].contiguous()
+
+
+class _Mapped(torch.autograd.Function):
+    """``ahead`` of rows over an axis, and ``back`` of their gradients."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.chunk(axis.size)[axis.rank].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return gather(dy, ctx.axis), None
-
-
-class _Unite(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return gather(x, axis)
+    def forward(ctx: Any, x: Tensor, axis: Axis, ahead: Mapping, back: Mapping) -> Tensor:
+        ctx.axis, ctx.back = axis, back
+        return ahead(x, axis)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return dy.chunk(ctx.axis.size)[ctx.axis.rank].contiguous(), None
+        return ctx.back(dy, ctx.axis), None, None, None
 
 
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return gather(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return scatter_sum(dy, ctx.axis), None
-
-
-class _Summed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return scatter_sum(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return gather(dy, ctx.axis), None
-
-
-def _over(function: Callable[[Tensor, Axis], Tensor], x: Tensor, axis: Axis) -> Tensor:
-    return x if axis.size == 1 else function(x, axis)
+def _over(x: Tensor, axis: Axis, ahead: Mapping, back: Mapping) -> Tensor:
+    return x if axis.size == 1 else _Mapped.apply(x, axis, ahead, back)
 
 
 def divide(x: Tensor, axis: Axis) -> Tensor:
     """This rank's rows of what all ranks of ``axis`` hold alike."""
-    return _over(_Divide.apply, x, axis)
+    return _over(x, axis, _own, gather)
 
 
 def unite(x: Tensor, axis: Axis) -> Tensor:
     """All ranks' rows, on every rank, for what all go on to do alike; the inverse of :func:`divide`."""
-    return _over(_Unite.apply, x, axis)
+    return _over(x, axis, gather, _own)
 
 
 def gathered(x: Tensor, axis: Axis) -> Tensor:
     """All ranks' rows, on every rank, each of which goes on to do a part of the work: gradients are summed."""
-    return _over(_Gathered.apply, x, axis)
+    return _over(x, axis, gather, scatter_sum)
 
 
 def summed(x: Tensor, axis: Axis) -> Tensor:
     """This rank's rows of the sum over all ranks; the inverse of :func:`gathered`."""
-    return _over(_Summed.apply, x, axis)
+    return _over(x, axis, scatter_sum, gather)
 
 
 class _Exchange(torch.autograd.Function):

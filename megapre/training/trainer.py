@@ -26,6 +26,7 @@ from megapre.monitor.metrics import Monitor
 from megapre.monitor.throughput import Throughput
 from megapre.optim.schedule import learning_rate
 from megapre.parallel.comm import Axis, Work
+from megapre.training.resume import restore
 from megapre.training.rewind import Trouble, Watcher, batches_of, checkpoint_before, skipped_batches
 from megapre.training.step import StepResult, TrainStep
 
@@ -282,41 +283,3 @@ class Trainer:
 
 def _by_layer(rms: Tensor | None) -> dict[str, float]:
     return {} if rms is None else {f"rms/{layer}": value for layer, value in enumerate(rms.tolist())}
-
-
-def restore(path: Path, config: Config, step: TrainStep) -> dict[str, Any]:
-    """Load a checkpoint of any layout into ``step``; returns its state."""
-    state = store.read_state(path)
-    refuse_changes(state["job"], asdict(config), path, config.checkpoint.allow_changes)
-    store.load(path, step.pieces(share=False))
-    step.optimizer.copy_to_model()
-    step.optimizer.steps.fill_(state["optimizer_steps"])
-    if step.scaler.dynamic:
-        step.scaler.load(state["loss_scale"])
-    return state
-
-
-FIXED = {
-    "model": (),
-    "data": ("paths", "weights", "stages", "packing", "split", "objective", "mask_probability", "seed"),
-    "train": ("global_batch", "batch_ramp", "sequence_ramp", "seed"),
-}
-"""What must not change on resume, by table; no names: the whole table."""
-
-
-def refuse_changes(old: dict[str, Any], new: dict[str, Any], path: Path, allowed: Sequence[str] = ()) -> None:
-    """ValueError with a table when a job resumes with another model, batch or data order than its checkpoint's."""
-    changed = []
-    for table, keys in FIXED.items():
-        for key in keys or sorted(new[table]):
-            before, after = old.get(table, {}).get(key), new[table][key]
-            if before != after and f"{table}.{key}" not in allowed:
-                changed.append((f"{table}.{key}", before, after))
-    if not changed:
-        return
-    told = "; ".join(f"{key} = {before!r}, but the job has {after!r}" for key, before, after in changed)
-    names = ", ".join(f'"{key}"' for key, _, _ in changed)
-    raise ValueError(
-        f"{path} was written with {told}: set {'it' if len(changed) == 1 else 'them'} back, start a new run with "
-        f"another train.run_dir, or allow it with checkpoint.allow_changes = [{names}]."
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.museum.table import Mutant
+from tests.museum.mutant import Mutant
 
 SHORT = "tests/kernels/simt/test_cuda_on_cpu.py::test_short_list_in_every_order"
 LONG = "tests/kernels/simt/test_cuda_on_cpu.py::test_long_list"

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from tests.museum.exhibits import EXHIBITS
 from tests.museum.kernels import KERNELS
-from tests.museum.state import STATE
-from tests.museum.table import MUTANTS
+from tests.museum.run import ALL
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "museum.md"
 START, END = "<!-- museum -->\n", "<!-- end of museum -->"
@@ -18,9 +17,9 @@ def table() -> str:
     """Counts, exhibits with their mutants, and exhibits without one with the reason."""
     shown = [exhibit for exhibit in EXHIBITS if exhibit.mutants]
     used = {name for exhibit in EXHIBITS for name in exhibit.mutants}
-    others = [mutant for mutant in (*MUTANTS, *STATE) if mutant.name not in used]
+    others = [mutant for mutant in ALL if mutant.name not in used and mutant not in KERNELS]
     lines = [
-        f"{len(EXHIBITS)} exhibits, {len(shown)} with a mutant; {len(MUTANTS) + len(STATE) + len(KERNELS)} mutants, "
+        f"{len(EXHIBITS)} exhibits, {len(shown)} with a mutant; {len(ALL)} mutants, "
         f"of which {len(KERNELS)} are of kernels and {len(others)} stand for no exhibit.",
         "",
         "| | bug | mutants |",

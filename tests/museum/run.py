@@ -25,14 +25,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.museum.data import DATA
+from tests.museum.experts import EXPERT_MUTANTS
 from tests.museum.kernels import KERNELS
+from tests.museum.mutant import Mutant
 from tests.museum.state import STATE
-from tests.museum.table import MUTANTS, QUICK, Mutant
+from tests.museum.table import MUTANTS, QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("megapre", "tests", "csrc")
 SECONDS = 600
-ALL = (*MUTANTS, *STATE, *KERNELS)
+ALL = (*MUTANTS, *EXPERT_MUTANTS, *DATA, *STATE, *KERNELS)
 CONTROL = Mutant(
     "control", "megapre/parallel/placement.py", "import", "import", "tests/parallel/test_layout.py", "changes nothing"
 )

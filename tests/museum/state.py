@@ -1,8 +1,8 @@
-"""Seeded bugs of data order, resume, checkpoints and what else a run carries from step to step."""
+"""Seeded bugs of resume, checkpoints and what else a run carries from step to step."""
 
 from __future__ import annotations
 
-from tests.museum.table import Mutant
+from tests.museum.mutant import Mutant
 
 RESUME = "tests/training/test_resume.py::test_resume_is_bitwise_at_every_step"
 
@@ -25,7 +25,7 @@ STATE = (
     ),
     Mutant(
         "optimizer-step-count-lost-on-resume",
-        "megapre/training/trainer.py",
+        "megapre/training/resume.py",
         '    step.optimizer.steps.fill_(state["optimizer_steps"])\n',
         "",
         f"{RESUME}[1x1x1-fp32]",
@@ -33,19 +33,11 @@ STATE = (
     ),
     Mutant(
         "loss-scale-lost-on-resume",
-        "megapre/training/trainer.py",
+        "megapre/training/resume.py",
         '        step.scaler.load(state["loss_scale"])',
         "        pass",
         f"{RESUME}[1x2x2+zero1-fp16]",
         "Automodel #763: scaler state not loaded, no error",
-    ),
-    Mutant(
-        "samples-by-rank-order",
-        "megapre/data/loader.py",
-        "first = plan.first + (m * self._size + self._rank) * self._micro",
-        "first = plan.first + self._rank * self._micro + m",
-        "tests/training/test_resume.py::test_another_data_size_changes_no_global_batch",
-        "the global batch depends on the data-parallel size",
     ),
     Mutant(
         "data-starts-again-on-resume",
@@ -54,65 +46,6 @@ STATE = (
         "self.loader = open_loader(0, self.skipped)",
         f"{RESUME}[1x1x1-fp32]",
         "Megatron-LM e2a4d42675: consumed samples not taken from the checkpoint",
-    ),
-    Mutant(
-        "one-step-skipped-on-resume",
-        "megapre/data/loader.py",
-        "self._next = start_step\n",
-        "self._next = start_step + (start_step > 0)\n",
-        "tests/data/test_loader.py::test_resume_at_any_step_equals_the_straight_run",
-        "torchtitan PR #3008: the sample in flight lost",
-    ),
-    Mutant(
-        "position-in-another-unit",
-        "megapre/data/loader.py",
-        "first = plan.first +",
-        "first = plan.first // self._micro +",
-        "tests/data/test_loader.py",
-        "ms-swift #10099: the cursor counted in other units",
-    ),
-    Mutant(
-        "every-epoch-in-the-same-order",
-        "megapre/data/order.py",
-        "key = derive_key(self._key, number)",
-        "key = derive_key(self._key, 0)",
-        "tests/data/test_order.py::test_permutations_of_epochs_sources_and_seeds_differ",
-        "torchtitan PR #3023: every epoch identical; transformers PR #40691: epoch 0 replayed",
-    ),
-    Mutant(
-        "later-epochs-lose-their-start",
-        "megapre/data/order.py",
-        "        number, place = divmod(rank, self.windows)\n        epoch = self._at(number)\n"
-        "        window = two_level(place, self.windows, epoch.key, epoch.short_slot)\n        size",
-        "        number, place = divmod(rank, self.windows)\n        epoch = self._at(number)\n"
-        "        place = max(place, number)\n"
-        "        window = two_level(place, self.windows, epoch.key, epoch.short_slot)\n        size",
-        "tests/data/test_loader.py::test_every_epoch_holds_each_window_once",
-        "OLMo #650: the start of each later epoch skipped",
-    ),
-    Mutant(
-        "one-window-too-many",
-        "megapre/data/order.py",
-        "self.windows = (hi - lo) // length",
-        "self.windows = (hi - lo) // length + 1",
-        "tests/data/test_order.py",
-        "Megatron-LM eb74fa34b4: a sample past the end",
-    ),
-    Mutant(
-        "pointers-of-32-bits",
-        "megapre/data/indexed.py",
-        "starts[inside] = self._pointers[first[inside]] // self.dtype.itemsize",
-        "starts[inside] = self._pointers[first[inside]].astype(np.int32) // self.dtype.itemsize",
-        "tests/data/test_indexed.py::test_positions_beyond_32_bits",
-        "gpt-neox PR #835: int32 overflow in a large set",
-    ),
-    Mutant(
-        "positions-run-on-over-documents",
-        "megapre/data/samples.py",
-        "positions -= np.repeat(bounds[:-1], lengths)",
-        "positions -= np.repeat(bounds[:-1], lengths) // 2",
-        "tests/data/test_loader.py::test_positions_and_segments_follow_the_documents",
-        "torchtitan PR #2849: positions wrong where a document is cut",
     ),
     Mutant(
         "masks-drawn-without-the-sample",
@@ -148,7 +81,7 @@ STATE = (
     ),
     Mutant(
         "weights-not-copied-after-a-load",
-        "megapre/training/trainer.py",
+        "megapre/training/resume.py",
         "    step.optimizer.copy_to_model()\n",
         "",
         f"{RESUME}[2x1x2+sp+zero1-bf16]",
@@ -251,14 +184,6 @@ STATE = (
         "",
         "tests/resilience/test_guard.py::test_a_spike_goes_back_and_leaves_its_batch_out",
         "the steps between checkpoint and spike count twice in the window",
-    ),
-    Mutant(
-        "skipped-batches-shift-by-one",
-        "megapre/data/loader.py",
-        "        if number > step:",
-        "        if number >= step:",
-        "tests/resilience/test_guard.py::test_batches_that_are_left_out_are_counted_once",
-        "the batch to leave out runs, and another is lost",
     ),
     Mutant(
         "failed-self-test-leaves-the-collectives",

@@ -14,7 +14,8 @@ from megapre.config.schema import Config
 from megapre.resilience.connect import connected
 from megapre.resilience.ranks import Ranks
 from megapre.training.engine import build
-from megapre.training.trainer import HostSync, restore
+from megapre.training.resume import restore
+from megapre.training.trainer import HostSync
 from megapre.verify.cells import parse
 from megapre.verify.pool import RankPool
 from tests.training.jobs import VOCAB, corpus, job, logical, losses, run, same

@@ -16,7 +16,7 @@ from megapre.models.spec import kv_copies
 from megapre.parallel.comm import Axis, Done, Work
 from megapre.parallel.grid import AXES, Grid
 from megapre.training.engine import build
-from megapre.training.trainer import restore
+from megapre.training.resume import restore
 from megapre.verify.cells import Cell, every, parse
 from megapre.verify.pool import RankPool
 from tests.training.jobs import VOCAB, corpus, job, logical, run

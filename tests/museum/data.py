@@ -1,0 +1,147 @@
+"""Seeded bugs of data order, files and resume in the data."""
+
+from __future__ import annotations
+
+from tests.museum.mutant import Mutant
+
+DATA = (
+    Mutant(
+        "last-window-one-too-many",
+        "megapre/data/order.py",
+        "self.windows = (hi - lo) // length",
+        "self.windows = (hi - lo) // length + 1",
+        "tests/data/test_order.py::test_every_epoch_reads_each_token_at_most_once_and_leaves_out_fewer_than_a_window[7]",
+        "B55, Megatron-LM eb74fa34b4: a sample past the end",
+    ),
+    Mutant(
+        "document-starts-in-32-bits",
+        "megapre/data/indexed.py",
+        "self.total_tokens = bin_bytes // self.dtype.itemsize",
+        "self.total_tokens = bin_bytes // self.dtype.itemsize % 2**31",
+        "tests/data/test_indexed.py::test_positions_beyond_32_bits",
+        "B56, gpt-neox PR #835, Megatron-LM #1672: positions beyond 2^31",
+    ),
+    Mutant(
+        "blend-forgets-its-cycles",
+        "megapre/data/blend.py",
+        "return source, cycle * self.counts[source] + int(self._rank[slot])",
+        "return source, int(self._rank[slot])",
+        "tests/data/test_provenance.py::test_numbers_are_the_inverse_of_the_blend",
+        "B57, Megatron-LM #705: samples of a source repeated under blending",
+    ),
+    Mutant(
+        "blend-serves-the-largest-first",
+        "megapre/data/native.py",
+        "    assert code == 0, f\"{counts} cannot be seated\"\n",
+        "    sources.sort()\n",
+        "tests/data/test_blend.py::test_every_prefix_is_within_one_sample[0]",
+        "B57, Megatron-LM !2593: prefixes far from their shares",
+    ),
+    Mutant(
+        "second-resume-skips-a-step",
+        "megapre/data/loader.py",
+        "self._next = start_step",
+        "self._next = start_step + (start_step > 5)",
+        "tests/data/test_loader.py::test_resume_at_any_step_equals_the_straight_run",
+        "B61, torchtitan PR #2865: a sample in flight is lost at the second resume",
+    ),
+    Mutant(
+        "consumed-samples-in-full-batches",
+        "megapre/config/ramp.py",
+        "first += (step - begun) * batch",
+        "first += (step - begun) * self._table[-1][2]",
+        "tests/config/test_ramp.py::test_steps_are_megatrons_walk[0]",
+        "B62, ms-swift #10099: consumed counted in another unit skips too far",
+    ),
+    Mutant(
+        "text-with-backslashes-of-its-json",
+        "megapre/tokenizers/documents.py",
+        "        texts.append(text)\n    return texts",
+        '        texts.append(text.replace("\\\\", "\\\\\\\\"))\n    return texts',
+        "tests/tools/test_preprocess_breadth.py::test_every_format_gives_the_same_documents[jsonl-]",
+        "B63, OPT-175B's 10 % update: JSON's escapes stayed in the text",
+    ),
+    Mutant(
+        "another-file-under-the-same-name",
+        "megapre/data/remote.py",
+        'self._key = hashlib.sha256(f"{url} {version}".encode())',
+        "self._key = hashlib.sha256(url.encode())",
+        "tests/data/test_remote.py::test_a_second_run_finds_its_blocks_and_another_version_does_not",
+        "B75, Megatron-LM's GPTDataset: a cache keyed by path served the data of another file",
+    ),
+    Mutant(
+        "shards-of-other-input-are-taken-up",
+        "megapre/tokenizers/preprocess.py",
+        "_read_plan(parts) != plan",
+        "_read_plan(parts) is None",
+        "tests/tools/test_preprocess_breadth.py::test_other_input_or_options_drop_what_was_left",
+        "B75: what an earlier run left is of another input",
+    ),
+    Mutant(
+        "samples-by-rank-order",
+        "megapre/data/loader.py",
+        "first = plan.first + (m * self._size + self._rank) * self._micro",
+        "first = plan.first + self._rank * self._micro + m",
+        "tests/training/test_resume.py::test_another_data_size_changes_no_global_batch",
+        "the global batch depends on the data-parallel size",
+    ),
+    Mutant(
+        "one-step-skipped-on-resume",
+        "megapre/data/loader.py",
+        "self._next = start_step\n",
+        "self._next = start_step + (start_step > 0)\n",
+        "tests/data/test_loader.py::test_resume_at_any_step_equals_the_straight_run",
+        "torchtitan PR #3008: the sample in flight lost",
+    ),
+    Mutant(
+        "position-in-another-unit",
+        "megapre/data/loader.py",
+        "first = plan.first +",
+        "first = plan.first // self._micro +",
+        "tests/data/test_loader.py",
+        "ms-swift #10099: the cursor counted in other units",
+    ),
+    Mutant(
+        "every-epoch-in-the-same-order",
+        "megapre/data/order.py",
+        "key = derive_key(self._key, number)",
+        "key = derive_key(self._key, 0)",
+        "tests/data/test_order.py::test_permutations_of_epochs_sources_and_seeds_differ",
+        "torchtitan PR #3023: every epoch identical; transformers PR #40691: epoch 0 replayed",
+    ),
+    Mutant(
+        "later-epochs-lose-their-start",
+        "megapre/data/order.py",
+        "        number, place = divmod(rank, self.windows)\n        epoch = self._at(number)\n"
+        "        window = two_level(place, self.windows, epoch.key, epoch.short_slot)\n        size",
+        "        number, place = divmod(rank, self.windows)\n        epoch = self._at(number)\n"
+        "        place = max(place, number)\n"
+        "        window = two_level(place, self.windows, epoch.key, epoch.short_slot)\n        size",
+        "tests/data/test_loader.py::test_every_epoch_holds_each_window_once",
+        "OLMo #650: the start of each later epoch skipped",
+    ),
+    Mutant(
+        "pointers-of-32-bits",
+        "megapre/data/indexed.py",
+        "starts[inside] = self._pointers[first[inside]] // self.dtype.itemsize",
+        "starts[inside] = self._pointers[first[inside]].astype(np.int32) // self.dtype.itemsize",
+        "tests/data/test_indexed.py::test_positions_beyond_32_bits",
+        "gpt-neox PR #835: int32 overflow in a large set",
+    ),
+    Mutant(
+        "positions-run-on-over-documents",
+        "megapre/data/samples.py",
+        "positions -= np.repeat(bounds[:-1], lengths)",
+        "positions -= np.repeat(bounds[:-1], lengths) // 2",
+        "tests/data/test_loader.py::test_positions_and_segments_follow_the_documents",
+        "torchtitan PR #2849: positions wrong where a document is cut",
+    ),
+    Mutant(
+        "skipped-batches-shift-by-one",
+        "megapre/data/loader.py",
+        "        if number > step:",
+        "        if number >= step:",
+        "tests/resilience/test_guard.py::test_batches_that_are_left_out_are_counted_once",
+        "the batch to leave out runs, and another is lost",
+    ),
+)
