@@ -62,35 +62,23 @@ __device__ __forceinline__ void unpack(const Raw<T, N>& raw, float (&wide)[N]) {
 }
 
 // Two elements a conversion where the type has one for pairs.
-template <int N>
-__device__ __forceinline__ Raw<bf16, N> pack(const float (&wide)[N], bf16) {
-  Raw<bf16, N> raw;
+__device__ __forceinline__ void narrow2(bf16* y, float a, float b) {
+  *reinterpret_cast<__nv_bfloat162*>(y) = __floats2bfloat162_rn(a, b);
+}
+__device__ __forceinline__ void narrow2(fp16* y, float a, float b) {
+  *reinterpret_cast<__half2*>(y) = __floats2half2_rn(a, b);
+}
+__device__ __forceinline__ void narrow2(float* y, float a, float b) { y[0] = a, y[1] = b; }
+
+template <int N, class T>
+__device__ __forceinline__ Raw<T, N> pack(const float (&wide)[N], T) {
+  Raw<T, N> raw;
   if constexpr (N == 1) {
     narrow(raw.element[0], wide[0]);
   } else {
 #pragma unroll
-    for (int k = 0; k < N; k += 2)
-      *reinterpret_cast<__nv_bfloat162*>(&raw.element[k]) = __floats2bfloat162_rn(wide[k], wide[k + 1]);
+    for (int k = 0; k < N; k += 2) narrow2(&raw.element[k], wide[k], wide[k + 1]);
   }
-  return raw;
-}
-template <int N>
-__device__ __forceinline__ Raw<fp16, N> pack(const float (&wide)[N], fp16) {
-  Raw<fp16, N> raw;
-  if constexpr (N == 1) {
-    narrow(raw.element[0], wide[0]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < N; k += 2)
-      *reinterpret_cast<__half2*>(&raw.element[k]) = __floats2half2_rn(wide[k], wide[k + 1]);
-  }
-  return raw;
-}
-template <int N>
-__device__ __forceinline__ Raw<float, N> pack(const float (&wide)[N], float) {
-  Raw<float, N> raw;
-#pragma unroll
-  for (int k = 0; k < N; k++) raw.element[k] = wide[k];
   return raw;
 }
 
