@@ -53,14 +53,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, valid: int, *, main_grad: Tensor | None,
-    exchange: whole.Exchange = whole.alone, smoothing: float = 0.0, vocab: int = 0, z_loss: float = 0.0,
+    exchange: whole.Exchange = whole.alone, **options: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Row losses [n] and the gradient of x [n, h]; that of the weight is added to ``main_grad`` fp32 [v, h].
 
     Products by cuBLAS, chunk by chunk.
     """
     parts = (cuda.cross_entropy_statistics, cuda.cross_entropy_gradient_)
-    options = {"smoothing": smoothing, "vocab": vocab, "z_loss": z_loss}
     return whole.chunked(*parts, x, weight, targets, scale, valid, main_grad, exchange, options)
 
 

@@ -69,40 +69,20 @@ def linear_ce_reference(
 
 
 def linear_ce_torch(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    valid: int,
-    *,
-    main_grad: Tensor | None,
-    exchange: Exchange = alone,
-    smoothing: float = 0.0,
-    vocab: int = 0,
-    z_loss: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """``linear_ce_reference`` by chunks, with the references of the local parts."""
+    x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, valid: int, *, main_grad: Tensor | None,
+    exchange: Exchange = alone, **options: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``linear_ce_reference``, whose ``options`` these are, by chunks with the references of the local parts."""
     parts = (cross_entropy.statistics_reference, cross_entropy.gradient_reference_)
-    options = {"smoothing": smoothing, "vocab": vocab, "z_loss": z_loss}
     return chunked(*parts, x, weight, targets, scale, valid, main_grad, exchange, options)
 
 
 def linear_ce_cpp(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    valid: int,
-    *,
-    main_grad: Tensor | None,
-    exchange: Exchange = alone,
-    smoothing: float = 0.0,
-    vocab: int = 0,
-    z_loss: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, valid: int, *, main_grad: Tensor | None,
+    exchange: Exchange = alone, **options: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``linear_ce_reference`` by chunks, with the local parts in C++; CPU, fp32 or bf16."""
     parts = (cross_entropy.statistics_cpp, cross_entropy.gradient_cpp_)
-    options = {"smoothing": smoothing, "vocab": vocab, "z_loss": z_loss}
     # torch's sum of two types is several times slower than memory.
     add_ = torch.ops.megapre.accumulate_ if main_grad is not None and main_grad.is_contiguous() else Tensor.add_
     return chunked(*parts, x, weight, targets, scale, valid, main_grad, exchange, options, add_=add_)

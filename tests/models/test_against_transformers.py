@@ -96,6 +96,22 @@ def test_gpt2() -> None:
     compare(Config(model=model), theirs, names)
 
 
+def llama_names() -> dict[str, tuple[str, bool]]:
+    """Where our tensors are in a model of Llama's family, but for the MLP."""
+    names = {
+        "embedding.tokens.weight": ("model.embed_tokens.weight", False),
+        "head.norm.weight": ("model.norm.weight", False),
+        "head.output.weight": ("lm_head.weight", False),
+    }
+    for layer in range(2):
+        ours, their = f"blocks.{layer}", f"model.layers.{layer}"
+        names[f"{ours}.attention_norm.weight"] = (f"{their}.input_layernorm.weight", False)
+        names[f"{ours}.mlp_norm.weight"] = (f"{their}.post_attention_layernorm.weight", False)
+        for part, name in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("output", "o_proj")):
+            names[f"{ours}.attention.{part}.weight"] = (f"{their}.self_attn.{name}.weight", False)
+    return names
+
+
 def test_llama() -> None:
     model = ModelConfig(
         layers=2, hidden=24, heads=4, kv_heads=2, ffn_hidden=40, sequence=LENGTH, norm="rmsnorm", activation="swiglu",
@@ -111,17 +127,9 @@ def test_llama() -> None:
     )  # fmt: skip
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    names = {
-        "embedding.tokens.weight": ("model.embed_tokens.weight", False),
-        "head.norm.weight": ("model.norm.weight", False),
-        "head.output.weight": ("lm_head.weight", False),
-    }
+    names = llama_names()
     for layer in range(2):
         ours, their = f"blocks.{layer}", f"model.layers.{layer}"
-        names[f"{ours}.attention_norm.weight"] = (f"{their}.input_layernorm.weight", False)
-        names[f"{ours}.mlp_norm.weight"] = (f"{their}.post_attention_layernorm.weight", False)
-        for part, name in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("output", "o_proj")):
-            names[f"{ours}.attention.{part}.weight"] = (f"{their}.self_attn.{name}.weight", False)
         for part in ("gate", "up", "down"):
             names[f"{ours}.mlp.{part}.weight"] = (f"{their}.mlp.{part}_proj.weight", False)
     compare(Config(model=model), theirs, names)
@@ -146,17 +154,9 @@ def mixtral() -> tuple[MixtralForCausalLM, dict[str, tuple[str, bool]]]:
     )  # fmt: skip
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    names = {
-        "embedding.tokens.weight": ("model.embed_tokens.weight", False),
-        "head.norm.weight": ("model.norm.weight", False),
-        "head.output.weight": ("lm_head.weight", False),
-    }
+    names = llama_names()
     for layer in range(2):
         ours, their = f"blocks.{layer}", f"model.layers.{layer}"
-        names[f"{ours}.attention_norm.weight"] = (f"{their}.input_layernorm.weight", False)
-        names[f"{ours}.mlp_norm.weight"] = (f"{their}.post_attention_layernorm.weight", False)
-        for part, name in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("output", "o_proj")):
-            names[f"{ours}.attention.{part}.weight"] = (f"{their}.self_attn.{name}.weight", False)
         names[f"{ours}.mlp.router.weight"] = (f"{their}.mlp.gate.weight", False)
         for e in range(5):
             expert = f"{ours}.mlp.experts.{e}"
