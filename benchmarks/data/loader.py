@@ -51,7 +51,7 @@ def main() -> None:
                 for ahead in range(20):
                     batch = loader.step_batch(step * 20 + ahead)
                 middle = time.process_time()
-                float(engine.step(batch.microbatches, batch.target_tokens, step, 1e-4).loss)
+                float(engine.step(batch.microbatches, batch.counts, step, 1e-4).loss)
                 loads.append((middle - started) / 20)
                 steps.append(time.process_time() - middle)
         load, train = statistics.median(loads), statistics.median(steps)

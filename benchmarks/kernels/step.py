@@ -47,7 +47,7 @@ def arm(name: str, dtype: str, plain: bool) -> None:
 
     from megapre.config.check import check
     from megapre.config.load import from_dict
-    from megapre.data.loader import Microbatch
+    from megapre.data.loader import Counts, Microbatch
     from megapre.parallel.grid import single
     from megapre.training.engine import build
 
@@ -67,7 +67,7 @@ def arm(name: str, dtype: str, plain: bool) -> None:
     count = model.sequence * train.global_batch
     for step, _ in enumerate(sys.stdin):
         wall, cpu = time.perf_counter(), time.process_time()
-        loss = float(engine.step(batch, count, step, 1e-3).loss)
+        loss = float(engine.step(batch, Counts(count), step, 1e-3).loss)
         used = time.perf_counter() - wall, time.process_time() - cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps([*used, loss, peak]), flush=True)

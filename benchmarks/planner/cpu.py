@@ -20,6 +20,7 @@ import torch
 from megapre.config.check import check
 from megapre.config.load import from_dict
 from megapre.config.schema import Config
+from megapre.data.loader import Counts
 from megapre.planner import constants as fitted
 from megapre.planner import hardware
 from megapre.planner.job import from_config
@@ -71,7 +72,7 @@ def measure(ranks: Ranks, config: Config, rounds: int) -> float:
         times = []
         for step in range(rounds + 1):
             start = time.process_time()
-            engine.step(micro, targets, step, 1e-4)
+            engine.step(micro, Counts(targets), step, 1e-4)
             times.append(time.process_time() - start)
     return statistics.median(times[1:])
 

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +20,12 @@ from torch import Tensor
 from megapre.config.ramp import Steps
 from megapre.config.schema import Config
 from megapre.data.samples import Sample, Samples, cut
+from megapre.objectives.example import Example
 
 LOOKAHEAD = 8
 """Steps whose blocks are asked for ahead, from remote paths."""
+COLUMNS = ("targets", "weights", "positions", "segments", "source", "source_segments", "token_types", "ranks")
+"""Arrays of an example that keep their names in a microbatch."""
 
 
 @dataclass
@@ -40,6 +44,31 @@ class Microbatch:
     """int64 [seq, batch], document number inside the sample; only with ``data.reset_attention``."""
     samples: Tensor
     """int64 [batch], number of each sample in the run; -1 for padding of a validation."""
+    source: Tensor | None = None
+    """int64 [source_seq, batch]: the encoder's tokens of an encoder-decoder model; ``tokens`` are its decoder's."""
+    source_segments: Tensor | None = None
+    """int64 [source_seq, batch]: document or padding numbers of the source, to which cross-attention keeps too."""
+    token_types: Tensor | None = None
+    """int64 [seq, batch]: 0 in the first segment of text, 1 in the second (BERT, ALBERT)."""
+    prefix: Tensor | None = None
+    """int64 [batch]: leading tokens that see each other both ways (prefix LM)."""
+    labels: Tensor | None = None
+    """int64 [batch]: class of each sample (next sentence, sentence order)."""
+    label_weights: Tensor | None = None
+    """float32 [batch], 1 where the label counts in the loss; there whenever ``labels`` are."""
+    ranks: Tensor | None = None
+    """int64 [seq, batch]: place of each position in the factorisation order (XLNet)."""
+
+
+class Counts(NamedTuple):
+    """Denominators of a step's losses: sums over the microbatches of one rank, or of all."""
+
+    targets: int
+    """Sum of weights."""
+    labels: int = 0
+    """Sum of label weights."""
+    tokens: int = 0
+    """Tokens that the model reads (its decoder's, where it has two), without the padding of a validation."""
 
 
 @dataclass
@@ -48,8 +77,8 @@ class StepBatch:
 
     step: int
     microbatches: list[Microbatch]
-    target_tokens: int
-    """Sum of weights over this rank's microbatches."""
+    counts: Counts
+    """Of this rank's microbatches."""
 
 
 class Loader:
@@ -102,8 +131,8 @@ class Loader:
             first = plan.first + (m * self._size + self._rank) * self._micro
             rows = [row for i in range(self._micro) for row in cut(self._samples.sample(first + i), plan.rows)]
             microbatches.append(_collate(rows))
-        targets = _target_tokens(microbatches)
-        return StepBatch(step, [_pin(m) for m in microbatches] if self._pinned else microbatches, targets)
+        counts = count(microbatches)
+        return StepBatch(step, [_pin(m) for m in microbatches] if self._pinned else microbatches, counts)
 
     def _mine(self, step: int) -> Iterator[int]:
         """Numbers of this rank's samples of a step."""
@@ -198,20 +227,22 @@ def validation(config: Config, *, vocab_size: int, data_rank: int, data_size: in
 def _validation_sample(samples: Samples, number: int) -> Sample:
     if number >= 0:
         return samples.sample(number)
-    filler = samples.sample(0)
-    weights = np.zeros_like(filler.weights)
-    return Sample(-1, filler.inputs, filler.targets, weights, filler.positions, filler.segments)
+    filler = samples.sample(0).example
+    return Sample(-1, replace(filler, weights=np.zeros_like(filler.weights), label_weight=0.0))
 
 
 def _collate(samples: Sequence[Sample]) -> Microbatch:
-    segments = [s.segments for s in samples if s.segments is not None]
+    examples = [sample.example for sample in samples]
+    arrays = {f.name: [getattr(example, f.name) for example in examples] for f in fields(Example)}
+    columns = {name: _columns(arrays[name]) for name in COLUMNS if arrays[name][0] is not None}
     return Microbatch(
-        tokens=_columns([s.inputs for s in samples]),
-        targets=_columns([s.targets for s in samples]),
-        weights=_columns([s.weights for s in samples]),
-        positions=_columns([s.positions for s in samples]),
-        segments=_columns(segments) if segments else None,
-        samples=torch.tensor([s.number for s in samples], dtype=torch.int64),
+        tokens=_columns(arrays["inputs"]),
+        segments=columns.pop("segments", None),
+        samples=torch.tensor([sample.number for sample in samples], dtype=torch.int64),
+        prefix=_row(arrays["prefix"], torch.int64),
+        labels=_row(arrays["label"], torch.int64),
+        label_weights=None if examples[0].label is None else _row(arrays["label_weight"], torch.float32),
+        **columns,
     )
 
 
@@ -226,5 +257,15 @@ def _columns(rows: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(rows, axis=1))
 
 
-def _target_tokens(microbatches: Sequence[Microbatch]) -> int:
-    return sum(int(microbatch.weights.sum(dtype=torch.float64)) for microbatch in microbatches)
+def _row(values: Sequence[float | None], dtype: torch.dtype) -> Tensor | None:
+    """One number of each sample [batch]; None where the objective makes none."""
+    return None if values[0] is None else torch.tensor(values, dtype=dtype)
+
+
+def count(microbatches: Sequence[Microbatch]) -> Counts:
+    """The denominators of ``microbatches`` alone."""
+    return Counts(
+        targets=sum(int(m.weights.sum(dtype=torch.float64)) for m in microbatches),
+        labels=sum(int(m.label_weights.sum()) for m in microbatches if m.label_weights is not None),
+        tokens=sum(m.tokens.shape[0] * int((m.samples >= 0).sum()) for m in microbatches),
+    )

@@ -5,7 +5,7 @@ Everything here is a pure function of the job file, the data and n.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from megapre.data.indexed import IndexedDataset
 from megapre.data.order import SampleOrder, split_documents
 from megapre.data.pack import Packs, open_packs
 from megapre.data.remote import Cache, is_remote
-from megapre.objectives.example import Setting
+from megapre.objectives.example import Example, Setting
 from megapre.objectives.table import load as load_objective
 
 SPLITS = ("train", "valid", "test")
@@ -23,19 +23,11 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample; every array has L elements."""
+    """One sample of a run."""
 
     number: int
-    inputs: np.ndarray
-    """int64."""
-    targets: np.ndarray
-    """int64."""
-    weights: np.ndarray
-    """float32, 1 where the target counts in the loss."""
-    positions: np.ndarray
-    """int64."""
-    segments: np.ndarray | None
-    """int64, document number inside the sample; only with ``data.reset_attention``."""
+    example: Example
+    """With its positions; with segments where attention is kept apart."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +110,11 @@ class Samples:
         tokens = stored.astype(np.int64)
         if source.packs is not None:  # what is left of the row is end-of-document tokens that nothing is learnt from
             tokens = np.append(tokens, np.full(self.length + 1 - len(tokens), source.setting.eod or 0))
-        inputs, targets, weights = self._build(tokens, number, source.setting)
+        example = self._build(tokens, number, source.setting)
         if source.packs is not None:
-            weights[len(stored) :] = 0.0
+            example.weights[len(stored) :] = 0.0
             if self.data.objective == "causal":  # no document predicts the next one
-                weights[np.cumsum([stop - start for start, stop in spans]) - 1] = 0.0
+                example.weights[np.cumsum([stop - start for start, stop in spans]) - 1] = 0.0
         positions = np.arange(self.length, dtype=np.int64)
         segments = None
         if self.data.reset_positions or self.data.reset_attention:
@@ -131,7 +123,7 @@ class Samples:
             if self.data.reset_positions:
                 positions -= np.repeat(bounds[:-1], lengths)
             segments = np.repeat(np.arange(len(lengths)), lengths) if self.data.reset_attention else None
-        return Sample(number, inputs, targets, weights, positions, segments)
+        return Sample(number, replace(example, positions=positions, segments=segments))
 
     def _document_bounds(self, source: Source, spans: list[tuple[int, int]]) -> np.ndarray:
         """Places in the sample where a document begins, ascending, with 0 at the front and L at the end."""
@@ -159,25 +151,23 @@ def cut(sample: Sample, rows: int) -> list[Sample]:
     """A sample as ``rows`` shorter ones, each predicting what it did; positions begin anew in each."""
     if rows == 1:
         return [sample]
-    length, made = len(sample.inputs) // rows, []
+    whole = sample.example
+    assert whole.positions is not None
+    length, made = len(whole.inputs) // rows, []
     for row in range(rows):
         part = slice(row * length, (row + 1) * length)
         places = np.arange(length, dtype=np.int64)
-        positions = sample.positions[part]
-        begins = np.flatnonzero((positions == 0) & (places > 0))  # documents, with ``data.reset_positions``
+        begins = np.flatnonzero((whole.positions[part] == 0) & (places > 0))  # documents, with ``data.reset_positions``
         since = np.zeros(length, np.int64)
         since[begins] = begins
-        segments = sample.segments[part] - sample.segments[part][0] if sample.segments is not None else None
-        made.append(
-            Sample(
-                sample.number * rows + row,
-                sample.inputs[part],
-                sample.targets[part],
-                sample.weights[part],
-                places - np.maximum.accumulate(since),
-                segments,
-            )
+        shorter = Example(
+            whole.inputs[part],
+            whole.targets[part],
+            whole.weights[part],
+            places - np.maximum.accumulate(since),
+            whole.segments[part] - whole.segments[part][0] if whole.segments is not None else None,
         )
+        made.append(Sample(sample.number * rows + row, shorter))
     return made
 
 

@@ -82,6 +82,9 @@ class Model(nn.Module):
         def place(tensor: Tensor) -> Tensor:
             return tensor.to(self.device, non_blocking=True)
 
+        def optional(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else place(tensor)
+
         mine = places(m.tokens.shape[0], self.context_method, self.grid.context.rank, self.grid.context.size)
         positions = place(m.positions[mine])
         rows = len(mine) // self.grid.tensor.size if self.sequence else len(mine)
@@ -95,8 +98,15 @@ class Model(nn.Module):
             targets=place(m.targets[mine]),
             weights=place(m.weights[mine]),
             positions=positions,
-            segments=None if m.segments is None else place(m.segments),
+            segments=optional(m.segments),
             samples=place(m.samples),
+            source=optional(m.source),
+            source_segments=optional(m.source_segments),
+            token_types=optional(m.token_types if m.token_types is None else m.token_types[mine]),
+            prefix=optional(m.prefix),
+            labels=optional(m.labels),
+            label_weights=optional(m.label_weights),
+            ranks=optional(m.ranks),
             places=place(mine),
             shard=shard,
             seed=seed,

@@ -68,6 +68,20 @@ class Context:
     seed: int
     step: int
     training: bool
+    source: Tensor | None = None
+    """int64 [source seq, batch]: the encoder's tokens, whole on every context rank, as all that follow."""
+    source_segments: Tensor | None = None
+    """int64 [source seq, batch]: document or padding numbers of the source."""
+    token_types: Tensor | None = None
+    """int64 [seq, batch]: segment of text of this part's tokens (BERT); the only one that is cut by context ranks."""
+    prefix: Tensor | None = None
+    """int64 [batch]: leading tokens of the whole sequence that see each other both ways."""
+    labels: Tensor | None = None
+    """int64 [batch]: class of each sample."""
+    label_weights: Tensor | None = None
+    """float32 [batch]; there whenever ``labels`` are."""
+    ranks: Tensor | None = None
+    """int64 [seq, batch]: factorisation order of the whole sequence (XLNet)."""
     loss: Callable[[Linear, Tensor, Context], Tensor] | None = None
     """Output layer and its input to the scaled loss; None makes the head give logits."""
     rope: tuple[Tensor, Tensor] | None = None

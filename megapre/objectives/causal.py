@@ -22,4 +22,4 @@ def build(tokens: np.ndarray, sample: int, setting: Setting) -> Example:
                 "the .bin/.idx pair and is missing there."
             )
         weights[inputs == setting.eod] = 0.0
-    return inputs, targets, weights
+    return Example(inputs, targets, weights)

@@ -33,4 +33,4 @@ def build(tokens: np.ndarray, sample: int, setting: Setting) -> Example:
     inputs[chosen] = np.where(share < MASKED + RANDOM, hidden, targets[chosen])
     weights = np.zeros(length, np.float32)
     weights[chosen] = 1.0
-    return inputs, targets, weights
+    return Example(inputs, targets, weights)

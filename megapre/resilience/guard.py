@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megapre.config.schema import Config
-from megapre.data.loader import StepBatch
+from megapre.data.loader import Counts, StepBatch
 from megapre.resilience.replicas import Replicas
 from megapre.training.diagnosis import not_finite
 from megapre.training.rewind import Trouble
@@ -51,8 +51,8 @@ class Guard:
         self._last = -1
         self._again: set[int] = set()
 
-    def observe(self, result: StepResult, batch: StepBatch, targets: int) -> Trouble | None:
-        """Judge the step of ``batch``, which had ``targets`` target tokens. All ranks get the same answer.
+    def observe(self, result: StepResult, batch: StepBatch, counts: Counts) -> Trouble | None:
+        """Judge the step of ``batch``, which had those ``counts``. All ranks get the same answer.
 
         Raises ValueError when ``resilience.max_skips`` steps in a row, or ``max_rewinds`` rewinds, led nowhere.
         """
@@ -60,7 +60,7 @@ class Guard:
         if index > self._last + self.config.spike_window:
             self._rewinds = 0
         if float(result.skipped):
-            return self._skipped(loss, result, batch, targets)
+            return self._skipped(loss, result, batch, counts)
         self._skips = 0
         trouble = self._spike(index, loss, norm)
         if trouble is None:
@@ -99,12 +99,12 @@ class Guard:
 
     # ------------------------------------------------------------------------------------------ not finite
 
-    def _skipped(self, loss: float, result: StepResult, batch: StepBatch, targets: int) -> Trouble | None:
+    def _skipped(self, loss: float, result: StepResult, batch: StepBatch, counts: Counts) -> Trouble | None:
         index, scaler = batch.step, self.step.scaler
         if scaler.dynamic and math.isfinite(loss) and float(scaler.value) > scaler.LEAST:
             return None  # the loss scale was too high: that is how it finds its height
         self._skips += 1
-        reason = self._name(loss, result, batch, targets)
+        reason = self._name(loss, result, batch, counts)
         if self._skips >= self.config.max_skips:
             raise ValueError(
                 f"{reason}; that was the {self._skips}th step in a row (resilience.max_skips): the last checkpoint is "
@@ -117,12 +117,12 @@ class Guard:
         self._say(f"{reason}; {again}the step was skipped")
         return None
 
-    def _name(self, loss: float, result: StepResult, batch: StepBatch, targets: int) -> str:
+    def _name(self, loss: float, result: StepResult, batch: StepBatch, counts: Counts) -> str:
         """Where it came from, in one sentence: what each rank saw of its own before anything was summed."""
         mine: dict[str, Any] = {"loss": not math.isfinite(float(result.local_loss)), "tensors": []}
         mine["tensors"] = [n for n, x in zip(self.step.norm.names, result.norms.tolist()) if not math.isfinite(x)]
         # Summed gradients tell the tensor; whose part of the sum it was, only the batch's own gradients can tell.
-        mine["own"] = not_finite(self.step, batch, targets)
+        mine["own"] = not_finite(self.step, batch, counts)
         reports = [json.loads(text) for text in self._host.gather_text(json.dumps(mine))]
         losses = [rank for rank, report in enumerate(reports) if report["loss"]]
         own = [(rank, name) for rank, report in enumerate(reports) for name in report["own"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megapre.data.loader import StepBatch
+from megapre.data.loader import Counts, StepBatch
 from megapre.parallel.buckets import Buffers
 from megapre.training.step import TrainStep
 
@@ -38,8 +38,8 @@ class _Own:
                 room.free()
 
 
-def not_finite(step: TrainStep, batch: StepBatch, targets: int) -> list[str]:
+def not_finite(step: TrainStep, batch: StepBatch, counts: Counts) -> list[str]:
     """Tensors of whose gradient this rank's own part is not finite when ``batch`` runs again; ranks call together."""
     own = _Own(step.flat)
-    step.own_gradients(batch.microbatches, targets, batch.step, own)
+    step.own_gradients(batch.microbatches, counts, batch.step, own)
     return list(own.found)

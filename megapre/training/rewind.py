@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from megapre.checkpoint import store
 from megapre.checkpoint.store import Sync
-from megapre.data.loader import StepBatch, batch_number
+from megapre.data.loader import Counts, StepBatch, batch_number
 from megapre.training.step import StepResult
 
 
@@ -28,7 +28,7 @@ class Trouble:
 class Watcher(Protocol):
     """Who judges the steps of a run (``resilience/guard.py``); all ranks call it together and hear the same."""
 
-    def observe(self, result: StepResult, batch: StepBatch, targets: int) -> Trouble | None:
+    def observe(self, result: StepResult, batch: StepBatch, counts: Counts) -> Trouble | None:
         """Judge a step, one step late."""
 
     def verify(self, step: int) -> Trouble | None:

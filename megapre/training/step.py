@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megapre.config.schema import Config, KernelsConfig
-from megapre.data.loader import Microbatch
+from megapre.data.loader import Counts, Microbatch
 from megapre.kernels.registry import Kernels, choose
 from megapre.models.block import mean_square
 from megapre.models.build import Model
@@ -68,17 +68,17 @@ class TrainStep:
         self.local_loss = self.norm.zero.clone()
         self._plans: dict[tuple[int, bool], list[Action]] = {}
 
-    def __call__(self, microbatches: Sequence[Microbatch], targets: int, step: int, lr: float) -> StepResult:
-        """Run optimizer step ``step`` over ``microbatches``; ``targets`` counts the global batch's target tokens."""
-        loss, rms = self.compute_gradients(microbatches, targets, step)
+    def __call__(self, microbatches: Sequence[Microbatch], counts: Counts, step: int, lr: float) -> StepResult:
+        """Run optimizer step ``step`` over ``microbatches``; ``counts`` are the global batch's denominators."""
+        loss, rms = self.compute_gradients(microbatches, counts, step)
         return self.apply_gradients(loss, rms, lr)
 
     def compute_gradients(
-        self, microbatches: Sequence[Microbatch], targets: int, step: int
+        self, microbatches: Sequence[Microbatch], counts: Counts, step: int
     ) -> tuple[Tensor, Tensor | None]:
         """Fill the main gradients, reduced over every axis and still times the loss scale; returns the loss."""
         self.flat.gradients.begin()
-        contexts = self._contexts(microbatches, targets, step, self.config.monitor.activation_rms, training=True)
+        contexts = self._contexts(microbatches, counts, step, self.config.monitor.activation_rms, training=True)
         losses = self.executor.run(self._plan(len(contexts), True), contexts, _shape(microbatches), self.flat)
         self.flat.gradients.finish()
         self.routing.collect(contexts, self._sequences(microbatches))
@@ -102,18 +102,18 @@ class TrainStep:
         yield from self.optimizer.pieces(share=share)
         yield from self.routing.pieces(share=share)
 
-    def own_gradients(self, microbatches: Sequence[Microbatch], targets: int, step: int, memory: Memory) -> None:
+    def own_gradients(self, microbatches: Sequence[Microbatch], counts: Counts, step: int, memory: Memory) -> None:
         """Run the batch again, for a diagnosis, with what the executor says going to ``memory``; ranks call together.
 
         The gradients it leaves are those of no step: the next one starts from zero.
         """
         self.flat.gradients.begin()
-        contexts = self._contexts(microbatches, targets, step, False, training=True)
+        contexts = self._contexts(microbatches, counts, step, False, training=True)
         self.executor.run(self._plan(len(contexts), True), contexts, _shape(microbatches), memory)
 
-    def evaluate(self, microbatches: Sequence[Microbatch], targets: int) -> Tensor:
+    def evaluate(self, microbatches: Sequence[Microbatch], counts: Counts) -> Tensor:
         """Mean loss over held-out ``microbatches``, dropout off, on every rank."""
-        contexts = self._contexts(microbatches, targets, 0, False, training=False)
+        contexts = self._contexts(microbatches, counts, 0, False, training=False)
         losses = self.executor.run(self._plan(len(contexts), False), contexts, _shape(microbatches), self.flat)
         return self._mean_loss(losses) / self.scaler.value
 
@@ -127,13 +127,13 @@ class TrainStep:
         return self._plans[key]
 
     def _contexts(
-        self, microbatches: Sequence[Microbatch], targets: int, step: int, rms: bool, *, training: bool
+        self, microbatches: Sequence[Microbatch], counts: Counts, step: int, rms: bool, *, training: bool
     ) -> list[Context]:
         train = self.config.train
         terms = LossTerms(self.model.vocab_size)
         if training:  # validation reports the plain cross-entropy, whatever the objective adds to it
             terms = replace(terms, smoothing=train.label_smoothing, z_loss=train.z_loss)
-        loss = Loss(self.scaler.value / targets, terms, self.kernels)
+        loss = Loss(self.scaler.value / counts.targets, terms, self.kernels)
         seed = train.seed
         contexts = [self.model.context(m, seed=seed, step=step, training=training) for m in microbatches]
         auxiliary = Auxiliary(self.scaler.value / self._sequences(microbatches))

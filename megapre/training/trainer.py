@@ -20,7 +20,7 @@ from megapre.checkpoint.reshard import CheckpointError
 from megapre.checkpoint.writer import Saver
 from megapre.config.ramp import Steps
 from megapre.config.schema import Config
-from megapre.data.loader import Loader, Microbatch, StepBatch, batch_number
+from megapre.data.loader import Counts, Loader, Microbatch, StepBatch, batch_number, count
 from megapre.monitor.fingerprint import fingerprint
 from megapre.monitor.metrics import Monitor
 from megapre.monitor.throughput import Throughput
@@ -64,18 +64,19 @@ class Ahead:
     def __init__(self, loader: Loader, host: Axis, replicas: int, stop: bool, save: bool, written: int) -> None:
         self.host, self.replicas, self.written = host, replicas, written
         self.batch: StepBatch = next(loader)
-        self.sums = torch.tensor([self.batch.target_tokens, stop, save, written >= 0], dtype=torch.int64)
+        self.sums = torch.tensor([*self.batch.counts, stop, save, written >= 0], dtype=torch.int64)
         self.work: Work = host.all_reduce(self.sums)
 
-    def ready(self) -> tuple[StepBatch, int, bool, bool, bool]:
-        """Batch, target tokens of the global batch; whether any rank asks to stop, any to save, all have written."""
+    def ready(self) -> tuple[StepBatch, Counts, bool, bool, bool]:
+        """Batch, counts of the global batch; whether any rank asks to stop, any to save, all have written."""
         self.work.wait()
-        targets, stop, save, written = self.sums.tolist()
-        return self.batch, targets // self.replicas, stop > 0, save > 0, written == self.host.size
+        *sums, stop, save, written = self.sums.tolist()
+        counts = Counts(*(total // self.replicas for total in sums))
+        return self.batch, counts, stop > 0, save > 0, written == self.host.size
 
 
-Late = tuple[StepBatch, int, float, StepResult]
-"""A step whose result is not read yet: batch, target tokens, learning rate, result."""
+Late = tuple[StepBatch, Counts, float, StepResult]
+"""A step whose result is not read yet: batch, counts of the global batch, learning rate, result."""
 
 
 class Trainer:
@@ -122,7 +123,7 @@ class Trainer:
         late: Late | None = None
         code = DONE
         while ahead is not None:
-            batch, targets, stop, save, written = ahead.ready()
+            batch, counts, stop, save, written = ahead.ready()
             if written:
                 self._reported(self.saver.settle, ahead.written)
             if stop:
@@ -131,10 +132,10 @@ class Trainer:
             index, self.done = batch.step, batch.step + 1
             ahead = self._ahead() if self.done < config.train.steps else None
             rate = learning_rate(config, index)
-            result = self.step(batch.microbatches, targets, index, rate)
+            result = self.step(batch.microbatches, counts, index, rate)
             trouble = self._log(*late) if late else None
             self.throughput.begin(self.steps.at(batch_number(index, self.skipped)).samples)
-            late = (batch, targets, rate, result)
+            late = (batch, counts, rate, result)
             save = save and self.saved != index  # a wish from before the last save is granted already
             due_eval, due_save = self._due(config.train.eval_interval), save or self._due(config.checkpoint.interval)
             verify = self.guard.due(self.done) or due_save
@@ -224,11 +225,11 @@ class Trainer:
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.done % interval == 0
 
-    def _count(self, microbatches: list[Microbatch]) -> int:
-        """Target tokens of all data ranks' validation samples."""
-        total = torch.tensor([sum(int(m.weights.sum()) for m in microbatches)])
-        self.grid.host.all_reduce(total).wait()
-        return max(1, int(total) * self.grid.data.size // self.grid.world.size)
+    def _count(self, microbatches: list[Microbatch]) -> Counts:
+        """Counts of all data ranks' validation samples."""
+        sums = torch.tensor(count(microbatches))
+        self.grid.host.all_reduce(sums).wait()
+        return Counts(*(max(1, total * self.grid.data.size // self.grid.world.size) for total in sums.tolist()))
 
     def _go_back(self, trouble: Trouble, ahead: Ahead | None) -> bool:
         """Load a checkpoint from before ``trouble``; whether there was one. RuntimeError where there must be."""
@@ -257,12 +258,12 @@ class Trainer:
         self.monitor.text(f"{trouble.reason}; going on from step {self.done}{without}")
         return True
 
-    def _log(self, batch: StepBatch, targets: int, rate: float, result: StepResult) -> Trouble | None:
+    def _log(self, batch: StepBatch, counts: Counts, rate: float, result: StepResult) -> Trouble | None:
         """Report a step and have it judged; waits for it."""
         index, loss = batch.step, float(result.loss)
         self.throughput.end()
         self._report(index, loss, rate, result)
-        return self.guard.observe(result, batch, targets)
+        return self.guard.observe(result, batch, counts)
 
     def _report(self, index: int, loss: float, rate: float, result: StepResult) -> None:
         if (index + 1) % self.config.monitor.interval and index + 1 != self.config.train.steps:

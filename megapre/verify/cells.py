@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import gcd
+from typing import Any
 
 import torch
 
@@ -219,11 +220,8 @@ def share(batch: list[Microbatch], rank: int, size: int, microbatch: int) -> lis
 
 def join(samples: list[Microbatch]) -> Microbatch:
     """One microbatch of several samples."""
-
-    def columns(name: str) -> torch.Tensor:
-        return torch.cat([getattr(sample, name) for sample in samples], dim=-1)
-
-    segments = None if samples[0].segments is None else columns("segments")
-    return Microbatch(
-        columns("tokens"), columns("targets"), columns("weights"), columns("positions"), segments, columns("samples")
-    )
+    made: dict[str, Any] = {}
+    for name in (f.name for f in fields(Microbatch)):
+        rows = [getattr(sample, name) for sample in samples]
+        made[name] = None if rows[0] is None else torch.cat(rows, dim=-1)
+    return Microbatch(**made)

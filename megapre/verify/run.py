@@ -26,6 +26,7 @@ from torch import Tensor
 from megapre.config.check import check
 from megapre.config.load import digest
 from megapre.config.schema import Config, KernelsConfig, OptimizerConfig, ParallelConfig
+from megapre.data.loader import count
 from megapre.models.context import Context
 from megapre.models.moe import Router
 from megapre.optim.schedule import learning_rate
@@ -133,8 +134,7 @@ def _compare(
                 router.choose = Replay(router, known, f"blocks.{layer - 1}.mlp", sums)  # type: ignore[method-assign]
         for step, batch in enumerate(batches(config, vocab_size, STEPS)):
             mine = share(batch, grid.data.rank, grid.data.size, config.train.microbatch)
-            targets = int(sum(float(m.weights.sum()) for m in batch))
-            loss, rms = engine.step.compute_gradients(mine, targets, step)
+            loss, rms = engine.step.compute_gradients(mine, count(batch), step)
             if step == 0:
                 _compare_gradients(engine, known, norms[0], sums)
             result = engine.step.apply_gradients(loss, rms, learning_rate(config, step))

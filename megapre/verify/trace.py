@@ -33,7 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from megapre.config.check import ConfigError
 from megapre.config.schema import Config
-from megapre.data.loader import Microbatch
+from megapre.data.loader import Counts, Microbatch
 from megapre.parallel.grid import Grid
 from megapre.resilience.connect import build_grid
 from megapre.training.engine import Engine, build
@@ -173,7 +173,7 @@ def observe(config: Config, grid: Grid, vocab_size: int) -> tuple[Engine, dict[s
         ledger.peak = ledger.living.copy()  # of the step, not of building
         static = {kind: ledger.living[kind] for kind in KINDS}
         ledger.phase, ledger.logits_width = "activations", -(-vocab_size // grid.tensor.size)
-        loss, rms = engine.step.compute_gradients(_microbatches(config), 1, 0)
+        loss, rms = engine.step.compute_gradients(_microbatches(config), Counts(1), 0)
         ledger.phase = "update"
         engine.step.apply_gradients(loss, rms, 0.0)
     return engine, static, {kind: ledger.peak[kind] for kind in KINDS}

@@ -26,7 +26,7 @@ def pair(tmp_path):
 def same(a: StepBatch, b: StepBatch) -> bool:
     return (
         a.step == b.step
-        and a.target_tokens == b.target_tokens
+        and a.counts == b.counts
         and len(a.microbatches) == len(b.microbatches)
         and all(same_microbatch(x, y) for x, y in zip(a.microbatches, b.microbatches))
     )
@@ -61,7 +61,7 @@ def test_shapes_types_and_shift(pair):
         assert m.positions[:, 0].tolist() == list(range(16))
     # Global batch 8, two ranks, two microbatches of two: rank 1 holds 2, 3 and 6, 7 of each step.
     assert [m.samples.tolist() for m in batch.microbatches] == [[26, 27], [30, 31]]
-    assert batch.target_tokens == 4 * 16
+    assert batch.counts.targets == 4 * 16
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])
@@ -78,7 +78,7 @@ def test_global_batches_do_not_depend_on_the_data_parallel_size(tmp_path, pair, 
                 ]
                 batches = [rank.step_batch(step) for rank in ranks]
                 whole = columns([m for b in batches for m in b.microbatches])
-                tokens = sum(b.target_tokens for b in batches)
+                tokens = sum(b.counts.targets for b in batches)
                 assert sorted(whole) == list(range(step * 8, step * 8 + 8))
                 reference = reference or (whole, tokens)
                 assert (whole, tokens) == reference
@@ -181,7 +181,7 @@ def test_positions_and_segments_follow_the_documents(tmp_path, pair):
     samples = Samples(config, vocab_size=VOCAB)
     begin_with_document = 0
     for number in range(4 * samples.sources[0].order.windows):
-        sample = samples.sample(number)
+        sample = samples.sample(number).example
         spans = samples.sources[0].order.spans(number)
         flat = [t for start, stop in spans for t in range(start, stop)][:-1]
         position, segment = -1, 0
@@ -193,7 +193,7 @@ def test_positions_and_segments_follow_the_documents(tmp_path, pair):
             # Every document of this pair ends in EOD, so the index and the ids must tell the same story.
             assert starts == (i > 0 and sample.inputs[i - 1] == EOD)
     assert begin_with_document > 0
-    only = Samples(job([pair], reset_positions=True), vocab_size=VOCAB).sample(3)
+    only = Samples(job([pair], reset_positions=True), vocab_size=VOCAB).sample(3).example
     assert only.segments is None and only.positions.max() < 16
 
 
@@ -204,7 +204,7 @@ def test_eod_mask_loss_silences_what_eod_predicts(pair):
     for m in batch.microbatches:
         assert torch.equal(m.weights == 0, m.tokens == EOD)
         ends += int((m.tokens == EOD).sum())
-    assert ends > 0 and batch.target_tokens == 8 * 16 - ends
+    assert ends > 0 and batch.counts.targets == 8 * 16 - ends
 
 
 def test_splits_share_no_token(tmp_path):
@@ -214,7 +214,7 @@ def test_splits_share_no_token(tmp_path):
     for split in ("train", "valid", "test"):
         samples = Samples(config, vocab_size=2000, split=split)
         windows = samples.sources[0].order.windows
-        arrays = [samples.sample(n) for n in range(8 * windows)]
+        arrays = [samples.sample(n).example for n in range(8 * windows)]
         seen[split] = {int(t) for s in arrays for t in np.concatenate((s.inputs, s.targets))}
     assert seen["train"] == set(range(1200)) and seen["valid"] == set(range(1200, 1800))
     assert seen["test"] == set(range(1800, 2000))

@@ -52,7 +52,7 @@ def test_rows_hold_every_token_of_the_split_once(tmp_path):
         for epoch in range(2):
             seen = []
             for number in range(epoch * order.windows, (epoch + 1) * order.windows):
-                sample, at = samples.sample(number), 0
+                sample, at = samples.sample(number).example, 0
                 for start, stop in samples.spans(samples.sources[0], number):
                     seen += range(start, stop)
                     inside = slice(at, at + stop - start)
@@ -68,7 +68,7 @@ def test_rows_hold_every_token_of_the_split_once(tmp_path):
                 assert (sample.inputs[at:] == EOD).all() and (sample.weights[at:] == 0).all()
             assert sorted(seen) == list(range(bounds[documents.start], bounds[documents.stop]))
     batch = Loader(config, vocab_size=VOCAB, data_rank=0, data_size=1).step_batch(3)
-    assert batch.target_tokens < 8 * 16
+    assert batch.counts.targets < 8 * 16
 
 
 def test_parts_of_long_documents(tmp_path):

@@ -67,7 +67,7 @@ def test_the_pieces_of_a_step_are_its_tokens(tmp_path):
         for number in step_samples(config, step):
             source, _ = samples.locate(number)
             found = list(pieces(samples, number))
-            sample = samples.sample(number)
+            sample = samples.sample(number).example
             tokens = np.concatenate([sample.inputs, sample.targets[-1:]])
             at = 0
             for piece in found:
@@ -93,7 +93,7 @@ def test_visits_are_all_the_samples_that_hold_a_token_of_the_document(tmp_path):
         for number in range(400):
             source, rank = samples.locate(number)
             if source is samples.sources[0] and rank < 3 * windows:
-                sample = samples.sample(number)
+                sample = samples.sample(number).example
                 if wanted & {*sample.inputs.tolist(), int(sample.targets[-1])}:
                     holding.add(number)
         assert set(found) == holding, document

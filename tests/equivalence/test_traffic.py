@@ -9,6 +9,7 @@ import pytest
 
 from megapre.config.check import check
 from megapre.config.schema import Config, ModelConfig
+from megapre.data.loader import Counts
 from megapre.resilience.connect import connected
 from megapre.resilience.ranks import Ranks
 from megapre.training.engine import build
@@ -31,7 +32,7 @@ def traffic(ranks: Ranks, config: Config) -> tuple[dict[str, int], int, int]:
         engine = build(config, counted(grid, counts), device, VOCAB)
         batch = batches(config, VOCAB, 1)[0]
         mine = share(batch, grid.data.rank, grid.data.size, config.train.microbatch)
-        engine.step(mine, 100, 0, 1e-3)
+        engine.step(mine, Counts(100), 0, 1e-3)
         held = [number for stage in engine.model.stages.values() for number in stage.numbers]
         blocks = sum(1 <= number <= config.model.layers for number in held)
         return counts, engine.model.flat.layout.total, blocks
@@ -104,7 +105,7 @@ def layer_sizes(ranks: Ranks, config: Config) -> tuple[dict[str, int], dict[int,
     with connected(config, ranks) as (grid, device):
         engine = build(config, counted(grid, counts), device, VOCAB)
         batch = batches(config, VOCAB, 1)[0]
-        engine.step(share(batch, grid.data.rank, grid.data.size, config.train.microbatch), 100, 0, 1e-3)
+        engine.step(share(batch, grid.data.rank, grid.data.size, config.train.microbatch), Counts(100), 0, 1e-3)
         flat = engine.model.flat
         return counts, {n: sum(flat.layout.buckets[i].size for i in used) for n, used in flat.partition.used.items()}
 

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from megapre.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig
-from megapre.data.loader import Microbatch
+from megapre.data.loader import Counts, Microbatch
 from megapre.parallel.grid import single
 from megapre.training.engine import build
 from megapre.verify import oracle, oracle_moe
@@ -189,7 +189,7 @@ def test_the_engine_itself_agrees_with_mixtral() -> None:
         weight.copy_(part(name, False))
     m = microbatch()
     targets = int(m.weights.sum())
-    loss, _ = engine.step.compute_gradients([m], targets, 0)
+    loss, _ = engine.step.compute_gradients([m], Counts(targets), 0)
     logits = theirs(input_ids=m.tokens.T, use_cache=False).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), m.targets.T.flatten())
     expected.backward()

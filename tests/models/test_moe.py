@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megapre.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
-from megapre.data.loader import Microbatch
+from megapre.data.loader import Counts, Microbatch
 from megapre.models import moe
 from megapre.models.moe import MoE
 from megapre.parallel.grid import single
@@ -116,13 +116,13 @@ def test_biases_move_towards_balance_and_not_on_a_skipped_step() -> None:
     bias = layer.router.bias
     assert bias is not None
     batch = [microbatch()]
-    loss, rms = engine.step.compute_gradients(batch, 30, 0)
+    loss, rms = engine.step.compute_gradients(batch, Counts(30), 0)
     load = engine.step.routing.table[0, :-2].clone()
     assert float(load.sum()) == 10 * 3 * 2
     engine.step.apply_gradients(loss, rms, 1e-3)
     assert torch.equal(bias, 0.25 * torch.sign(load.mean() - load))
     before = bias.clone()
-    loss, rms = engine.step.compute_gradients(batch, 30, 1)
+    loss, rms = engine.step.compute_gradients(batch, Counts(30), 1)
     engine.model.flat.gradients.shards[0][3] = float("inf")
     result = engine.step.apply_gradients(loss, rms, 1e-3)
     assert float(result.skipped) == 1 and torch.equal(bias, before)
@@ -139,6 +139,6 @@ def test_metrics_of_a_uniform_router_are_the_known_ones() -> None:
     """Equal scores: every share is 1/E, so the load-balance loss is 1; z is log(E)^2; two of six experts get all."""
     engine, _ = made(MODEL)
     tensors(engine)["blocks.0.mlp.router.weight"].zero_()
-    result = engine.step([microbatch(), microbatch()], 60, 0, 1e-3)
+    result = engine.step([microbatch(), microbatch()], Counts(60), 0, 1e-3)
     routing = {name: float(value) for name, value in result.routing.items()}
     assert routing == pytest.approx({"expert_load": 3.0, "load_balance": 1.0, "router_z": math.log(6) ** 2})

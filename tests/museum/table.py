@@ -73,7 +73,7 @@ MUTANTS = (
     Mutant(
         "denominator-of-this-rank",
         "megapre/training/step.py",
-        "self.scaler.value / targets",
+        "self.scaler.value / counts.targets",
         "self.scaler.value / sum(float(m.weights.sum()) for m in microbatches) / self.grid.data.size",
         f"{LAYOUTS}[gpt-1x1x2]",
         "torchtitan #1842, transformers PR #34373: ranks with few tokens are over-weighted",
@@ -266,8 +266,8 @@ MUTANTS = (
     Mutant(
         "pipelines-back-propagate-the-sum",
         "megapre/training/step.py",
-        "loss = Loss(self.scaler.value / targets,",
-        "loss = Loss(self.scaler.value / (targets if self.grid.pipeline.size == 1 else 1),",
+        "loss = Loss(self.scaler.value / counts.targets,",
+        "loss = Loss(self.scaler.value / (counts.targets if self.grid.pipeline.size == 1 else 1),",
         f"{LAYOUTS}[gpt-1x2x1]",
         "torchtitan #2972: gradients of the pipeline path too large by the number of tokens",
     ),
@@ -419,7 +419,7 @@ MUTANTS = (
         "evaluation-divides-twice",
         "megapre/training/step.py",
         "_shape(microbatches), self.flat)\n        return self._mean_loss(losses) / self.scaler.value",
-        "_shape(microbatches), self.flat)\n        return self._mean_loss(losses) / self.scaler.value / targets",
+        "_shape(microbatches), self.flat)\n        return self._mean_loss(losses) / self.scaler.value / counts.targets",
         "tests/training/test_step.py::test_validation_loss_is_the_training_loss",
         "torchtitan #2318: the validation loss divided twice",
     ),

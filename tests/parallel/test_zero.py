@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from megapre.config.check import ConfigError, check
 from megapre.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from megapre.data.loader import Counts
 from megapre.models.spec import tensors
 from megapre.parallel.buckets import Buffers
 from megapre.parallel.comm import Axis, Work
@@ -42,7 +43,7 @@ def small(layout: str, base: Config = GPT, **parallel: Any) -> tuple[Config, int
 
 def step(engine: Engine, config: Config, vocab_size: int, data_rank: int = 0) -> None:
     batch = batches(config, vocab_size, 1)[0]
-    engine.step(share(batch, data_rank, config.parallel.data, config.train.microbatch), 50, 0, 1e-3)
+    engine.step(share(batch, data_rank, config.parallel.data, config.train.microbatch), Counts(50), 0, 1e-3)
 
 
 # ------------------------------------------------------------------------------------------ what is held
@@ -88,7 +89,7 @@ def test_memory_falls_as_the_papers_say(layout: str, dtype: str, monkeypatch: py
         buffers = engine.model.flat
         watch = Watch(buffers, monkeypatch)
         step(engine, config, vocab_size)
-        engine.step.evaluate(share(batches(config, vocab_size, 1)[0], 0, 4, 1), 50)
+        engine.step.evaluate(share(batches(config, vocab_size, 1)[0], 0, 4, 1), Counts(50))
         total, two = buffers.layout.total, most_of_two_layers(buffers)
         weights = (total // ranks, two) if zero == 3 else (total, 0)
         gradients = (total // ranks, two) if zero >= 2 else (total, 0)
@@ -185,7 +186,7 @@ def saved_at_once(ranks: Ranks, config: Config, vocab_size: int) -> bool:
         held = all(bool(piece.isfinite().all()) for _, piece in engine.step.optimizer.pieces(share=True))
         step(engine, config, vocab_size, grid.data.rank)
         batch = share(batches(config, vocab_size, 1)[0], grid.data.rank, 2, 1)
-        return held and bool(engine.step.evaluate(batch, 50).isfinite())
+        return held and bool(engine.step.evaluate(batch, Counts(50)).isfinite())
 
 
 def test_checkpoints_and_validation_wait_for_the_gathers(pool: RankPool) -> None:
@@ -237,7 +238,7 @@ def trained(ranks: Ranks, config: Config, vocab_size: int) -> list[Tensor]:
         engine = build(config, grid, device, vocab_size)
         for index, batch in enumerate(batches(config, vocab_size, 3)):
             mine = share(batch, grid.data.rank, grid.data.size, config.train.microbatch)
-            engine.step(mine, 50, index, 1e-2)
+            engine.step(mine, Counts(50), index, 1e-2)
         flat, result = engine.model.flat, []
         for index in range(len(flat.layout.buckets)):
             with flat.weights.whole(index) as whole:
@@ -333,7 +334,7 @@ def test_the_number_of_microbatches_may_change_between_steps() -> None:
         engine = build(replace(config, parallel=parallel), single(), torch.device("cpu"), vocab_size)
         batch = batches(config, vocab_size, 1)[0]
         for count in (2, 8, 4):
-            engine.step(batch[:count], 50, 0, 1e-3)
+            engine.step(batch[:count], Counts(50), 0, 1e-3)
         found.append(engine.step.optimizer.state["weight"])
     for one, other in zip(*found):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

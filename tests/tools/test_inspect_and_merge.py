@@ -105,7 +105,8 @@ def test_what_a_step_reads_and_when_a_text_is_seen(tmp_path, corpus, capsys):
     out = capsys.readouterr().out
     assert "document 41: step " in out
     samples = Samples(config, vocab_size=257)
-    holding = [n for n in range(160) if b"needle" in bytes(t for t in samples.sample(n).inputs.tolist() if t < 256)]
+    texts = (bytes(t for t in samples.sample(n).example.inputs.tolist() if t < 256) for n in range(160))
+    holding = [n for n, text in enumerate(texts) if b"needle" in text]
     assert holding and all(f"(sample {n}" in out for n in holding[:8])
     assert inspect_data.main([*run, "--step", str(holding[0] // 8)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if f"sample {holding[0]}:" in line]

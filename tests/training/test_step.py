@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapre.config.schema import Config, ModelConfig, MonitorConfig, OptimizerConfig, PrecisionConfig
+from megapre.data.loader import Counts, count
 from megapre.parallel.grid import single
 from megapre.training.engine import Engine, build
 from megapre.verify.cells import Cell, batches, scaled_down
@@ -44,9 +45,9 @@ def engine(dtype: str) -> tuple[Config, int, Engine]:
 def test_step_never_waits_for_the_host(dtype: str) -> None:
     config, vocab_size, made = engine(dtype)
     batch = batches(config, vocab_size, 1)[0]
-    targets = int(sum(float(m.weights.sum()) for m in batch))
+    counts = count(batch)
     with NoHostReads():
-        result = made.step(batch, targets, 0, 1e-3)
+        result = made.step(batch, counts, 0, 1e-3)
     assert float(result.loss) > 0
     assert all(parameter.grad is None for parameter in made.model.parameters())
 
@@ -55,7 +56,7 @@ def test_a_non_finite_gradient_leaves_weights_and_moments_alone() -> None:
     config, vocab_size, made = engine("fp32")
     batch = batches(config, vocab_size, 1)[0]
     before = [shard.clone() for shard in made.model.flat.weights.shards]
-    loss, rms = made.step.compute_gradients(batch, 100, 0)
+    loss, rms = made.step.compute_gradients(batch, Counts(100), 0)
     made.model.flat.gradients.shards[0][7] = float("nan")
     result = made.step.apply_gradients(loss, rms, 1e-3)
     assert float(result.skipped) == 1 and float(made.step.optimizer.steps) == 0
@@ -66,7 +67,7 @@ def test_a_non_finite_gradient_leaves_weights_and_moments_alone() -> None:
 def test_activation_rms_is_reported_by_layer() -> None:
     config, vocab_size, made = engine("fp32")
     batch = batches(config, vocab_size, 1)[0]
-    result = made.step(batch, 100, 0, 1e-3)
+    result = made.step(batch, Counts(100), 0, 1e-3)
     assert result.rms is not None and result.rms.shape == (config.model.layers,)
     assert bool((result.rms > 0).all())
 
@@ -77,10 +78,10 @@ def test_evaluation_does_not_change_training() -> None:
     made = [engine("fp32")[2] for _ in range(2)]
     steps = batches(config, vocab_size, 2)
     for index, one in enumerate(made):
-        one.step(steps[0], 50, 0, 1e-3)
+        one.step(steps[0], Counts(50), 0, 1e-3)
         if index:
-            one.step.evaluate(steps[1], 50)
-        one.step(steps[1], 50, 1, 1e-3)
+            one.step.evaluate(steps[1], Counts(50))
+        one.step(steps[1], Counts(50), 1, 1e-3)
     assert all(torch.equal(*both) for both in zip(*(one.model.flat.weights.shards for one in made)))
 
 
@@ -89,8 +90,7 @@ def test_validation_loss_is_the_training_loss() -> None:
     config, vocab_size = scaled_down(Config(model=ModelConfig()))
     made = build(Cell().apply(config), single(), torch.device("cpu"), vocab_size)
     batch = batches(config, vocab_size, 1)[0]
-    targets = int(sum(float(m.weights.sum()) for m in batch))
-    assert float(made.step.evaluate(batch, targets)) == float(made.step(batch, targets, 0, 1e-3).loss)
+    assert float(made.step.evaluate(batch, count(batch))) == float(made.step(batch, count(batch), 0, 1e-3).loss)
 
 
 def test_the_loss_scale_leaves_no_trace() -> None:
@@ -100,7 +100,7 @@ def test_the_loss_scale_leaves_no_trace() -> None:
         config, vocab_size = scaled_down(Config(model=ModelConfig(), precision=PrecisionConfig(dtype="fp16")))
         config = Cell().apply(replace(config, precision=replace(config.precision, initial_loss_scale=scale)))
         made = build(config, single(), torch.device("cpu"), vocab_size)
-        result = made.step(batches(config, vocab_size, 1)[0], 50, 0, 1e-2)
+        result = made.step(batches(config, vocab_size, 1)[0], Counts(50), 0, 1e-2)
         assert not float(result.skipped) and float(result.loss_scale) == scale
         weights.append(torch.cat(made.step.optimizer.state["weight"]))
     assert float((weights[0] - weights[1]).abs().max()) < 1e-4  # a hundredth of the learning rate

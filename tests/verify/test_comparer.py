@@ -9,6 +9,7 @@ import torch
 
 from megapre.config.check import check
 from megapre.config.schema import Config
+from megapre.data.loader import Counts
 from megapre.parallel.grid import Grid
 from megapre.training.engine import build
 from megapre.verify import threads
@@ -53,7 +54,7 @@ def corrupted(grid: Grid, device: torch.device, config: Config, vocab_size: int,
     """Digests after a step, one bit of one weight of rank ``victim`` being flipped before."""
     engine = build(config, grid, device, vocab_size)
     batch = batches(config, vocab_size, 1)[0]
-    engine.step(share(batch, grid.data.rank, grid.data.size, 1), 50, 0, 1e-3)
+    engine.step(share(batch, grid.data.rank, grid.data.size, 1), Counts(50), 0, 1e-3)
     if grid.world.rank == victim:
         draw = random.Random(SEED)
         flat = engine.model.flat

@@ -12,6 +12,7 @@ import torch
 
 from megapre.config.check import check
 from megapre.config.schema import Config, OptimizerConfig
+from megapre.data.loader import Counts
 from megapre.parallel.comm import Axis
 from megapre.parallel.grid import Grid
 from megapre.training.engine import build
@@ -37,7 +38,7 @@ def one_step(grid: Grid, device: torch.device, config: Config, spoil: bool) -> t
         with flat.weights.whole(index) as whole:
             if spoil:
                 poison_gaps(bucket, whole)
-    loss, rms = engine.step.compute_gradients(batch, 50, 0)
+    loss, rms = engine.step.compute_gradients(batch, Counts(50), 0)
     if spoil and not config.parallel.zero:  # a shard of ZeRO may begin inside a tensor
         for bucket, shard in zip(flat.layout.buckets, flat.gradients.shards):
             poison_gaps(bucket, shard)
