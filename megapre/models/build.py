@@ -19,7 +19,7 @@ from megapre.parallel.context import over_context, places
 from megapre.parallel.expert import Experts, GroupedLinear
 from megapre.parallel.grid import Grid
 from megapre.parallel.layout import ExpertPlace, Layout
-from megapre.parallel.pipeline.executor import StageLayers
+from megapre.parallel.pipeline.executor import Carried, StageLayers
 from megapre.parallel.pipeline.schedules import stage_owners
 from megapre.parallel.tensor import Embedding, Linear
 from megapre.random.philox import normal
@@ -115,11 +115,14 @@ class Model(nn.Module):
             rope=rope,
         )
 
-    def carry(self, shape: tuple[int, int]) -> list[Tensor]:
-        """Empty tensors of the shapes that stages exchange for a microbatch of ``shape`` [seq, batch]."""
-        sequence, microbatch = shape
-        rows = sequence // self.grid.context.size // (self.grid.tensor.size if self.sequence else 1)
-        return [torch.empty(rows, microbatch, self.config.hidden, dtype=self.dtype, device=self.device)]
+    def carried(self, microbatch: Microbatch, layer: int) -> tuple[Carried, ...]:
+        """What ``layer`` takes of ``microbatch``, as this rank holds it."""
+        batch = microbatch.tokens.shape[1]
+        parts = self.grid.context.size * (self.grid.tensor.size if self.sequence else 1)
+        return tuple(
+            Carried((len(getattr(microbatch, c.stream)) // parts, batch, c.width), self.dtype)
+            for c in spec.carried(self.config, layer)
+        )
 
 
 def _expert_place(model: ModelConfig, grid: Grid) -> ExpertPlace:

@@ -7,11 +7,26 @@ and output layer). Initialisation, synchronisation, norm, clip, decay, checkpoin
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from megapre.config.schema import ModelConfig
 from megapre.parallel.placement import Shard, TensorSpec
+
+
+@dataclass(frozen=True)
+class Carry:
+    """One tensor of the tuple that a layer takes from the one before: [rows of ``stream``, batch, ``width``]."""
+
+    width: int
+    """Features."""
+    stream: str = "tokens"
+    """The field of a microbatch whose positions its rows are."""
+
+
+def carried(model: ModelConfig, layer: int) -> tuple[Carry, ...]:
+    """What ``layer`` takes from the layer before it; the first takes nothing."""
+    return (Carry(model.hidden),) if layer else ()
 
 
 def tensors(model: ModelConfig, vocab_size: int, tensor_ranks: int = 1) -> list[TensorSpec]:

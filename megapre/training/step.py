@@ -6,8 +6,9 @@ non-finite gradients are 0-d device tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from megapre.optim.adamw import AdamW
 from megapre.optim.clip import GradientNorm
 from megapre.optim.scaler import LossScale
 from megapre.parallel.pipeline.actions import Action
-from megapre.parallel.pipeline.executor import Executor, Memory
+from megapre.parallel.pipeline.executor import Carried, Executor, Memory
 from megapre.parallel.pipeline.schedules import plans
 from megapre.parallel.placement import Address
 from megapre.parallel.tensor import LossTerms
@@ -57,7 +58,7 @@ class TrainStep:
     def __init__(self, config: Config, model: Model, kernels: Kernels) -> None:
         self.config, self.model, self.kernels, self.grid = config, model, kernels, model.grid
         self.flat = model.flat
-        self.executor = Executor(model.stages, model.stage_count, model.grid, model.flat.queue, model.carry)
+        self.executor = Executor(model.stages, model.stage_count, model.grid, model.flat.queue, model.device)
         # Offloaded state is updated on the host, whatever the kernels of the model's device are.
         home = model.flat.home.device
         update = kernels if home.type == model.device.type else choose(KernelsConfig(), home, model.dtype)
@@ -79,7 +80,7 @@ class TrainStep:
         """Fill the main gradients, reduced over every axis and still times the loss scale; returns the loss."""
         self.flat.gradients.begin()
         contexts = self._contexts(microbatches, counts, step, self.config.monitor.activation_rms, training=True)
-        losses = self.executor.run(self._plan(len(contexts), True), contexts, _shape(microbatches), self.flat)
+        losses = self.executor.run(self._plan(len(contexts), True), contexts, self._carried(microbatches), self.flat)
         self.flat.gradients.finish()
         self.routing.collect(contexts, self._sequences(microbatches))
         return self._mean_loss(losses) / self.scaler.value, self._rms(contexts)
@@ -109,12 +110,12 @@ class TrainStep:
         """
         self.flat.gradients.begin()
         contexts = self._contexts(microbatches, counts, step, False, training=True)
-        self.executor.run(self._plan(len(contexts), True), contexts, _shape(microbatches), memory)
+        self.executor.run(self._plan(len(contexts), True), contexts, self._carried(microbatches), memory)
 
     def evaluate(self, microbatches: Sequence[Microbatch], counts: Counts) -> Tensor:
         """Mean loss over held-out ``microbatches``, dropout off, on every rank."""
         contexts = self._contexts(microbatches, counts, 0, False, training=False)
-        losses = self.executor.run(self._plan(len(contexts), False), contexts, _shape(microbatches), self.flat)
+        losses = self.executor.run(self._plan(len(contexts), False), contexts, self._carried(microbatches), self.flat)
         return self._mean_loss(losses) / self.scaler.value
 
     def _plan(self, microbatches: int, training: bool) -> list[Action]:
@@ -142,6 +143,10 @@ class TrainStep:
             context.rms = {} if rms else None
         return contexts
 
+    def _carried(self, microbatches: Sequence[Microbatch]) -> Callable[[int], tuple[Carried, ...]]:
+        """What each layer takes; all microbatches of a step have one shape, a ramp changes it between steps."""
+        return partial(self.model.carried, microbatches[0])
+
     def _sequences(self, microbatches: Sequence[Microbatch]) -> int:
         """Sequences of the global batch; all data ranks have equally many."""
         return sum(m.tokens.shape[1] for m in microbatches) * self.grid.data.size
@@ -162,9 +167,3 @@ class TrainStep:
         squares = torch.stack([mean_square(layers, c.rms or {}, self.model.device) for c in contexts]).mean(0)
         self.grid.world.all_reduce(squares).wait()
         return (squares / (self.grid.tensor.size * self.grid.replicas.size)).sqrt()
-
-
-def _shape(microbatches: Sequence[Microbatch]) -> tuple[int, int]:
-    """[seq, batch], the same for all microbatches of a step; a ramp changes it between steps."""
-    sequence, batch = microbatches[0].tokens.shape
-    return sequence, batch

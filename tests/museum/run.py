@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.museum.architectures import ARCHITECTURE_MUTANTS
 from tests.museum.data import DATA
 from tests.museum.experts import EXPERT_MUTANTS
 from tests.museum.kernels import KERNELS
@@ -35,7 +36,7 @@ from tests.museum.table import MUTANTS, QUICK
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("megapre", "tests", "csrc")
 SECONDS = 600
-ALL = (*MUTANTS, *EXPERT_MUTANTS, *DATA, *STATE, *KERNELS)
+ALL = (*MUTANTS, *ARCHITECTURE_MUTANTS, *EXPERT_MUTANTS, *DATA, *STATE, *KERNELS)
 CONTROL = Mutant(
     "control", "megapre/parallel/placement.py", "import", "import", "tests/parallel/test_layout.py", "changes nothing"
 )

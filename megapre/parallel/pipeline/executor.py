@@ -4,6 +4,10 @@ A stage is a list of layers, and autograd is cut between them: backward walks th
 hooks, which layer's weights are read when (to gather and free them), when a layer's gradients are complete (to reduce
 them), and which layers to run forward again (recompute). Messages are posted where the schedule says and awaited where
 their data is used.
+
+What goes from layer to layer is a tuple of tensors, declared for every layer that takes one (`Carried`). A layer may
+hand on a tensor as it is, such as an encoder's output, which every decoder block reads: its gradient is then the sum of
+what later layers and this one add to it, across stages too.
 """
 
 from __future__ import annotations
@@ -22,8 +26,19 @@ from megapre.parallel.pipeline.actions import BACKWARD, FORWARD, WEIGHT, Action,
 from megapre.parallel.weight_queue import Addition, WeightQueue
 
 Carry = tuple[Tensor, ...]
+Gradients = Sequence[Tensor | None]
 Key = tuple[bool, int, int]
 """(forward, stage, microbatch)."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """One tensor of the tuple that a layer takes, for one microbatch."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    gradient: bool = True
+    """Whether it has a gradient, which then comes back from the layer; ids have none."""
 
 
 class Layer(Protocol):
@@ -65,8 +80,7 @@ class StageLayers:
 class Executor:
     """Drives this rank's stages through a schedule.
 
-    ``stages`` maps the number of each stage that this rank holds to its layers, of ``count`` in all;
-    ``empty_carry(shape)`` makes receive buffers for microbatches of [seq, batch] tokens. After a run,
+    ``stages`` maps the number of each stage that this rank holds to its layers, of ``count`` in all. After a run,
     ``peak_in_flight`` is the most microbatch-stages held at once, which the simulator predicts.
     """
 
@@ -76,20 +90,23 @@ class Executor:
         count: int,
         grid: Grid,
         queue: WeightQueue,
-        empty_carry: Callable[[tuple[int, int]], list[Tensor]],
+        device: torch.device,
     ) -> None:
-        self.stages, self.last, self.grid, self.queue, self.empty_carry = stages, count - 1, grid, queue, empty_carry
+        self.stages, self.last, self.grid, self.queue, self.device = stages, count - 1, grid, queue, device
         self.peak_in_flight = 0
 
     def run(
         self,
         plan: Sequence[Action],
         contexts: Sequence[object],
-        shape: tuple[int, int],
+        carried: Callable[[int], tuple[Carried, ...]],
         memory: Memory,
     ) -> list[Tensor]:
-        """Execute ``plan``; ``contexts[m]`` is microbatch m's, of ``shape`` [seq, batch]. Returns the last outputs."""
-        return _Run(self, plan, contexts, shape, memory).execute()
+        """Execute ``plan``; ``contexts[m]`` is microbatch m's. Returns the last outputs.
+
+        ``carried(number)`` declares what layer ``number`` takes of a microbatch, the same for all of them.
+        """
+        return _Run(self, plan, contexts, carried, memory).execute()
 
 
 class _Run:
@@ -100,10 +117,10 @@ class _Run:
         executor: Executor,
         plan: Sequence[Action],
         contexts: Sequence[object],
-        shape: tuple[int, int],
+        carried: Callable[[int], tuple[Carried, ...]],
         memory: Memory,
     ) -> None:
-        self.executor, self.plan, self.contexts, self.shape = executor, plan, contexts, shape
+        self.executor, self.plan, self.contexts, self.carried = executor, plan, contexts, carried
         self.memory, self.grid = memory, executor.grid
         kinds = [(action.kind, action.stage) for action in plan if isinstance(action, Compute)]
         self.training = any(kind == BACKWARD for kind, _ in kinds)
@@ -155,16 +172,30 @@ class _Run:
             needed_by = transfer.stage + 1 if transfer.forward else transfer.stage - 1
             carry = self.made.pop((transfer.forward, needed_by, transfer.microbatch))
             tensors = [tensor.detach().contiguous() for tensor in carry]
-            self.departing[peer] = (tensors, [axis.send(tensor, peer) for tensor in tensors])
+            works = [axis.send(tensor, peer) for tensor in tensors]
+            held = self.held(transfer.stage, transfer.microbatch) if transfer.forward else []
+            self.departing[peer] = ([x for x in tensors if not _within(x, held)], works)
         else:
-            tensors = self.executor.empty_carry(self.shape)
+            tensors = self.buffers(transfer.stage, transfer.forward)
             works = [axis.recv(tensor, peer) for tensor in tensors]
             self.arriving[transfer.forward, transfer.stage, transfer.microbatch] = (tensors, works)
 
-    def await_sent(self, peer: int) -> None:
-        """Wait for the message under way to ``peer`` and free what it carried.
+    def buffers(self, stage: int, forward: bool) -> list[Tensor]:
+        """Where a message to ``stage`` arrives: what its first layer takes, or gradients of what it has handed on."""
+        numbers = self.executor.stages[stage].numbers
+        wanted = self.carried(numbers[0] if forward else numbers[-1] + 1)
+        return [
+            torch.empty(c.shape, dtype=c.dtype, device=self.executor.device) for c in wanted if forward or c.gradient
+        ]
 
-        The autograd graph needs the shape of a stage's output, never its values.
+    def held(self, stage: int, m: int) -> list[Tensor]:
+        """What backward of a stage will read: its layers' inputs. One of them may be handed on as it is."""
+        return [x for inputs, _ in self.saved.get((stage, m), []) for x in inputs]
+
+    def await_sent(self, peer: int) -> None:
+        """Wait for the message under way to ``peer`` and free what it carried and this stage does not read again.
+
+        The autograd graph needs the shape of a layer's own output, never its values.
         """
         tensors, works = self.departing.pop(peer, ([], []))
         for work in works:
@@ -196,7 +227,7 @@ class _Run:
         steps: list[tuple[Carry, Carry | None]] = []
         for number, layer in zip(held.numbers[:count], held.layers):
             again = number in held.recomputed and self.training
-            inputs = self.cut(carry)
+            inputs = self.cut(number, carry)
             self.memory.enter(number)
             with torch.set_grad_enabled(self.training and not again):
                 carry = layer(self.contexts[m], *inputs)
@@ -204,7 +235,7 @@ class _Run:
             steps.append((inputs, None if again else carry))
         if self.training:
             if stage == self.executor.last:
-                steps.append((self.cut(carry), None))
+                steps.append((self.cut(held.numbers[-1], carry), None))
             self.saved[stage, m] = steps
             held_now = len(self.saved) + len(self.additions)
             self.executor.peak_in_flight = max(self.executor.peak_in_flight, held_now)
@@ -213,14 +244,14 @@ class _Run:
         if stage < self.executor.last:
             self.made[True, stage + 1, m] = carry
 
-    def cut(self, carry: Carry) -> Carry:
-        """The same values as leaves of a new graph."""
-        return tuple(x.detach().requires_grad_(self.training) for x in carry)
+    def cut(self, number: int, carry: Carry) -> Carry:
+        """The same values as leaves of a new graph, that of layer ``number``."""
+        both = zip(carry, self.carried(number), strict=True)
+        return tuple(x.detach().requires_grad_(self.training and c.gradient) for x, c in both)
 
     def backward(self, stage: int, m: int) -> None:
-        gradients: Sequence[Tensor | None]
-        gradients = [None] if stage == self.executor.last else self.take((False, stage, m))
         held = self.executor.stages[stage]
+        gradients: Gradients = () if stage == self.executor.last else self.arrived(held.numbers[-1] + 1, stage, m)
         steps = self.saved.pop((stage, m))
         self.left[BACKWARD, stage] -= 1
         if self.split:
@@ -237,7 +268,10 @@ class _Run:
             if loss:
                 self.results += [output.detach() for output in outputs]
             with self.executor.queue.kept(later) as additions:
-                torch.autograd.backward(outputs, gradients)
+                if loss:
+                    torch.autograd.backward(outputs)
+                else:
+                    torch.autograd.backward(*_with_gradient(outputs, gradients))
             self.memory.leave(number)
             gradients = [x.grad for x in inputs]
             if later:
@@ -245,7 +279,14 @@ class _Run:
             else:
                 self.memory.close(number, last=not self.left[BACKWARD, stage])
         if stage:
-            self.made[False, stage - 1, m] = tuple(g for g in gradients if g is not None)
+            # What no layer of this stage has used, though it could have, has a gradient of zeros.
+            needed = [(x, g) for x, g in zip(inputs, gradients) if x.requires_grad]
+            self.made[False, stage - 1, m] = tuple(torch.zeros_like(x) if g is None else g for x, g in needed)
+
+    def arrived(self, number: int, stage: int, m: int) -> list[Tensor | None]:
+        """Gradients of all that layer ``number`` of the next stage takes, None for what has none."""
+        given = iter(self.take((False, stage, m)))
+        return [next(given) if c.gradient else None for c in self.carried(number)]
 
     def weight(self, stage: int, m: int) -> None:
         self.left[WEIGHT, stage] -= 1
@@ -253,3 +294,14 @@ class _Run:
             self.memory.open(number)
             self.executor.queue.run(additions)
             self.memory.close(number, last=not self.left[WEIGHT, stage])
+
+
+def _within(x: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether ``x`` shares its memory with one of ``others``."""
+    return any(x.untyped_storage() is other.untyped_storage() for other in others)
+
+
+def _with_gradient(outputs: Carry, gradients: Gradients) -> tuple[list[Tensor], list[Tensor]]:
+    """Those of ``outputs`` from which backward starts, with their gradients."""
+    both = [(y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None]
+    return [y for y, _ in both], [g for _, g in both]
