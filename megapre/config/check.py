@@ -14,10 +14,9 @@ from megapre.config.limits import fields_fit
 from megapre.config.ramp import clock
 from megapre.config.rules_experts import EXPERT_RULES
 from megapre.config.rules_layout import LAYOUT_RULES
+from megapre.config.rules_model import MODEL_RULES
 from megapre.config.rules_ramp import RAMP_RULES
 from megapre.config.schema import Config
-
-MOST_HEADS = 1024
 
 
 class ConfigError(ValueError):
@@ -72,46 +71,6 @@ def _resolve_data(config: Config, world: int | None) -> Config:
             f"change the launch or parallel.data"
         )
     return replace(config, parallel=replace(grid, data=data))
-
-
-def heads_divide_hidden(config: Config) -> str | None:
-    """Each head holds hidden / heads features."""
-    model = config.model
-    if model.hidden % model.heads:
-        return f"model.hidden ({model.hidden}) must be a multiple of model.heads ({model.heads})"
-    return None
-
-
-def kv_heads_divide_heads(config: Config) -> str | None:
-    """Each key/value head serves heads / kv_heads query heads (arXiv 2305.13245)."""
-    model = config.model
-    if model.n_kv_heads > model.heads:
-        return f"model.kv_heads ({model.kv_heads}) must not exceed model.heads ({model.heads})"
-    if model.heads % model.n_kv_heads:
-        return f"model.heads ({model.heads}) must be a multiple of model.kv_heads ({model.kv_heads})"
-    return None
-
-
-def rope_needs_even_heads(config: Config) -> str | None:
-    """RoPE turns pairs of features."""
-    model = config.model
-    if model.positions == "rope" and model.head_dim % 2:
-        return (
-            f"model.positions = 'rope' needs an even number of features per head but model.hidden / model.heads = "
-            f"{model.hidden} / {model.heads} = {model.head_dim}: change model.hidden or model.heads"
-        )
-    return None
-
-
-def dropout_tells_heads_apart(config: Config) -> str | None:
-    """The counter of a dropout mask holds 10 bits of the head's number."""
-    model = config.model
-    if model.attention_dropout and model.heads > MOST_HEADS:
-        return (
-            f"model.attention_dropout needs at most {MOST_HEADS} heads, not model.heads = {model.heads}: set it to 0 "
-            f"or take fewer heads"
-        )
-    return None
 
 
 def split_sums_to_one(config: Config) -> str | None:
@@ -244,12 +203,9 @@ def skipped_batches_exist(config: Config) -> str | None:
 
 
 RULES = (
-    heads_divide_hidden,
-    kv_heads_divide_heads,
-    rope_needs_even_heads,
+    *MODEL_RULES,
     *LAYOUT_RULES,
     *EXPERT_RULES,
-    dropout_tells_heads_apart,
     *RAMP_RULES,
     split_sums_to_one,
     weights_match_paths,

@@ -1,6 +1,6 @@
 """The job file: one dataclass per TOML table, each field with its meaning and unit under it.
 
-``megapre/config/load.py`` fills these from a file and dotted overrides, ``check.py`` holds the rules that
+[model] is in ``model.py``; ``load.py`` fills these from a file and dotted overrides, ``check.py`` holds the rules that
 span fields. Nothing here imports torch: a bad job is refused before torch is loaded.
 """
 
@@ -8,101 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of the network. GPT-2, Llama and BERT-like encoders are settings of the same block."""
-
-    architecture: str = "decoder"
-    """``decoder`` (causal attention) or ``encoder`` (full attention)."""
-    layers: int = 2
-    """Number of transformer blocks."""
-    hidden: int = 64
-    """Width of the residual stream, in features."""
-    heads: int = 4
-    """Number of query heads."""
-    kv_heads: int = 0
-    """Number of key/value heads (GQA; 1 is MQA). 0 means equal to ``heads`` (MHA)."""
-    ffn_hidden: int = 0
-    """Width of the MLP, in features. 0 means 4 x ``hidden``."""
-    vocab_size: int = 0
-    """Number of token ids. 0 means: taken from the tokenizer recorded beside the training data."""
-    sequence: int = 128
-    """Tokens per sample."""
-    norm: str = "layernorm"
-    """``layernorm`` (arXiv 1607.06450) or ``rmsnorm`` (arXiv 1910.07467), applied before each sub-layer."""
-    norm_eps: float = 1e-5
-    """Added to the variance inside the norm."""
-    activation: str = "gelu"
-    """``gelu`` (tanh form, as GPT-2) or ``swiglu`` (arXiv 2002.05202)."""
-    positions: str = "learned"
-    """``learned`` (GPT-2), ``rope`` (arXiv 2104.09864, half-split as in Llama) or ``none``."""
-    rope_theta: float = 10000.0
-    """Base of the RoPE frequencies."""
-    bias: bool = True
-    """Whether linear layers have a bias."""
-    tied_embeddings: bool = True
-    """Whether the output layer shares the token embedding."""
-    parallel_block: bool = False
-    """Attention and MLP read the same norm and add to the residual together (PaLM, arXiv 2204.02311)."""
-    dropout: float = 0.0
-    """Probability of dropping a feature after the embedding, the attention output and the MLP."""
-    attention_dropout: float = 0.0
-    """Probability of dropping an attention weight."""
-    init_std: float = 0.02
-    """Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 x layers)."""
-
-    experts: int = 0
-    """Experts of a mixture-of-experts block (arXiv 1701.06538); 0: every block has one MLP."""
-    experts_per_token: int = 2
-    """Experts that work on each token (top-k)."""
-    expert_hidden: int = 0
-    """Width of an expert, in features. 0 means ``ffn_hidden``."""
-    shared_experts: int = 0
-    """Experts of that width, held as one MLP, that work on every token (arXiv 2401.06066)."""
-    moe_every: int = 1
-    """Every n-th block has experts, starting with block ``moe_dense_first`` + n; the others have an MLP."""
-    moe_dense_first: int = 0
-    """First blocks that have an MLP, not experts."""
-    capacity_factor: float = 0.0
-    """Tokens that an expert takes from a sequence in training, over those of an even share. 0: all (dropless)."""
-    router_scores: str = "softmax"
-    """``softmax`` (Mixtral, Qwen-MoE) or ``sigmoid`` (DeepSeek-V3) of the router's logits."""
-    router_normalize: bool = True
-    """Divide the weights of a token's experts by their sum (Mixtral; with softmax: the softmax of the top k)."""
-    router_scale: float = 1.0
-    """Factor of the weights of a token's experts."""
-    router_bias: bool = False
-    """Balance by a bias on the scores that pick experts (arXiv 2408.15664), moved by ``optimizer.router_bias_rate``."""
-    router_aux_loss: float = 0.0
-    """Weight of the load-balance loss of each router (arXiv 2101.03961), taken over each sequence."""
-    router_z_loss: float = 0.0
-    """Weight of the mean squared logsumexp of each router's logits (arXiv 2202.08906)."""
-
-    def has_experts(self, layer: int) -> bool:
-        """Whether block ``layer``, counted from 1, is a mixture of experts."""
-        place = layer - self.moe_dense_first
-        return self.experts > 0 and place > 0 and place % self.moe_every == 0
-
-    @property
-    def n_expert_hidden(self) -> int:
-        """Width of an expert with the default resolved."""
-        return self.expert_hidden or self.n_ffn
-
-    @property
-    def n_kv_heads(self) -> int:
-        """Key/value heads with the default resolved."""
-        return self.kv_heads or self.heads
-
-    @property
-    def n_ffn(self) -> int:
-        """MLP width with the default resolved."""
-        return self.ffn_hidden or 4 * self.hidden
-
-    @property
-    def head_dim(self) -> int:
-        """Features per attention head."""
-        return self.hidden // self.heads
+from megapre.config.model import ModelConfig as ModelConfig
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""GELU in its tanh form (arXiv 1606.08415), SwiGLU and GeGLU (arXiv 2002.05202), bias + GELU.
+"""GELU in its tanh and erf forms (arXiv 1606.08415), ReLU, SwiGLU and GeGLU (arXiv 2002.05202), bias + GELU.
 
-gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))); swiglu([gate, up]) = gate sigmoid(gate) up;
+gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))); gelu_exact(x) = x/2 (1 + erf(x / sqrt(2)));
+swiglu([gate, up]) = gate sigmoid(gate) up;
 geglu([gate, up]) = gelu(gate) up; bias_gelu(x, bias) = gelu(x + bias), the sum not rounded in between.
 Computed in fp32 (fp64 for fp64 input), returned in the type of the input. Fast versions save their inputs alone.
 """
@@ -25,6 +26,17 @@ def gelu_reference(x: Tensor) -> Tensor:
     return (0.5 * wide * (1.0 + torch.tanh(inner))).to(x.dtype)
 
 
+def gelu_exact_reference(x: Tensor) -> Tensor:
+    """GELU by the error function, of any shape, as the formula is written."""
+    wide = _wide(x)
+    return (0.5 * wide * (1.0 + torch.erf(wide / math.sqrt(2.0)))).to(x.dtype)
+
+
+def relu_reference(x: Tensor) -> Tensor:
+    """max(x, 0), whose gradient at 0 is 0."""
+    return torch.where(x <= 0, 0, x)
+
+
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     """SwiGLU [..., 2f] -> [..., f], as the formula is written; the gate is the first half."""
     gate, up = _wide(gate_up).chunk(2, dim=-1)
@@ -45,6 +57,16 @@ def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
 def gelu_torch(x: Tensor) -> Tensor:
     """GELU by ``torch.nn.functional.gelu``."""
     return F.gelu(x, approximate="tanh")
+
+
+def gelu_exact_torch(x: Tensor) -> Tensor:
+    """GELU by the error function, by ``torch.nn.functional.gelu``."""
+    return F.gelu(x)
+
+
+def relu_torch(x: Tensor) -> Tensor:
+    """ReLU by torch, which saves its result alone."""
+    return F.relu(x)
 
 
 def geglu_torch(gate_up: Tensor) -> Tensor:

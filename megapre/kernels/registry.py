@@ -76,6 +76,10 @@ TABLE = (
     Version("gelu", "activation", "torch", "activation:gelu_torch"),
     Version("gelu", "activation", "reference", "activation:gelu_reference"),
     Version("gelu", "activation", "triton", "triton.activation:gelu_triton"),
+    Version("gelu_exact", "activation", "torch", "activation:gelu_exact_torch"),
+    Version("gelu_exact", "activation", "reference", "activation:gelu_exact_reference"),
+    Version("relu", "activation", "torch", "activation:relu_torch"),
+    Version("relu", "activation", "reference", "activation:relu_reference"),
     Version("swiglu", "activation", "cpp", "activation:swiglu_cpp"),
     Version("swiglu", "activation", "torch", "activation:swiglu_torch"),
     Version("swiglu", "activation", "reference", "activation:swiglu_reference"),
@@ -170,6 +174,8 @@ class Kernels:
     add_layer_norm: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
     gelu: Callable[..., Any]
+    gelu_exact: Callable[..., Any]
+    relu: Callable[..., Any]
     swiglu: Callable[..., Any]
     geglu: Callable[..., Any]
     bias_gelu: Callable[..., Any]

@@ -9,18 +9,29 @@ import torch
 from torch import Tensor
 
 
-def tables(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [seq, batch, dim/2] of int64 ``positions`` [seq, batch] for a model of type ``dtype``.
-
-    The angles are fp64: a bf16 position or frequency is already off by radians at position 1000. The tables are fp32,
-    or fp64 when ``dtype`` is. Raises ValueError when ``dim`` is odd.
-    """
+def frequencies(dim: int, theta: float) -> Tensor:
+    """theta^(-2i/dim) in radians a position, fp64 [dim/2]. Raises ValueError when ``dim`` is odd."""
     if dim % 2:
         raise ValueError(f"RoPE needs an even head dimension, not {dim}: change model.hidden or model.heads")
-    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
-    angles = positions.double().unsqueeze(-1) * theta ** (-exponents)
+    return theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+
+def tables(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``tables_of`` the plain frequencies. Raises ValueError when ``dim`` is odd."""
+    return tables_of(positions, frequencies(dim, theta), dtype)
+
+
+def tables_of(
+    positions: Tensor, frequency: Tensor, dtype: torch.dtype, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [seq, batch, dim/2] of int64 ``positions`` [seq, batch] for a model of type ``dtype``.
+
+    ``frequency`` is fp64 [dim/2], as the angles are: a bf16 position or frequency is already off by radians at
+    position 1000. The tables, times ``factor``, are fp32, or fp64 when ``dtype`` is.
+    """
+    angles = positions.double().unsqueeze(-1) * frequency.to(positions.device)
     kept = torch.float64 if dtype == torch.float64 else torch.float32
-    return angles.cos().to(kept), angles.sin().to(kept)
+    return (angles.cos() * factor).to(kept), (angles.sin() * factor).to(kept)
 
 
 def apply_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from megapre.config.schema import ModelConfig
 from megapre.kernels.attention import AttentionDropout
 from megapre.kernels.mask import Mask
 from megapre.models.context import WEIGHTS, Context, site
+from megapre.models.positions import Turn
 from megapre.models.spec import kv_copies
 from megapre.parallel.comm import Axis
 from megapre.parallel.context import Core
@@ -22,7 +23,8 @@ class Attention(nn.Module):
     """Multi-head attention (arXiv 1706.03762) with grouped keys and values (GQA, arXiv 2305.13245).
 
     Input and output [seq or seq/t, batch, hidden]. Each tensor rank works on its own query heads and on the
-    key/value heads that they read; ``core`` is attention over the context axis.
+    key/value heads that they read; ``turns`` are done to q and k in this order; ``core`` is attention over the
+    context axis.
     """
 
     def __init__(
@@ -32,13 +34,16 @@ class Attention(nn.Module):
         qkv: Linear,
         output: Linear,
         axis: Axis,
-        rope: Callable[..., tuple[Tensor, Tensor]],
+        turns: Sequence[Turn],
         core: Core,
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.qkv, self.output, self.rope, self.core, self.layer = qkv, output, rope, core, layer
+        self.qkv, self.output, self.core, self.layer = qkv, output, core, layer
+        self.turns = tuple(turns)
+        self.parts = nn.ModuleList(part for part in turns if isinstance(part, nn.Module))
         self.causal, self.dropout = model.architecture == "decoder", model.attention_dropout
+        self.window, self.scale = model.window, model.attention_scale or None
         self.head_dim, self.recompute = model.head_dim, recompute
         self.heads = model.heads // axis.size
         self.kv_heads = model.n_kv_heads * kv_copies(model, axis.size) // axis.size
@@ -48,15 +53,15 @@ class Attention(nn.Module):
         """Attend; the bias of the result is left to the residual sum."""
         fused = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = fused.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        if ctx.rope is not None:
-            q, k = self.rope(q, k, *ctx.rope)
+        for turn in self.turns:
+            q, k = turn(ctx, q, k)
         offset = 0
         if ctx.cache is not None:
             offset = ctx.cache.length
             k, v = ctx.cache.append(self.layer, k, v)
         documents = None if ctx.segments is None else (ctx.segments, ctx.segments)
-        mask = Mask(causal=self.causal, documents=documents, q_offset=offset)
-        core = partial(self.core, mask=mask, dropout=self._dropout(ctx))
+        mask = Mask(causal=self.causal, window=self.window, documents=documents, q_offset=offset)
+        core = partial(self.core, mask=mask, dropout=self._dropout(ctx), scale=self.scale)
         if self.recompute and ctx.training:  # dropout is counter-based: there is no generator state to restore
             y = checkpoint(core, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from megapre.config.schema import Config, ModelConfig
 from megapre.data.loader import Microbatch
 from megapre.kernels.registry import Kernels
-from megapre.kernels.rope import tables
 from megapre.models import spec
 from megapre.models.attention import Attention
 from megapre.models.block import Block, EmbeddingLayer, FeedForward, Head, Norm
 from megapre.models.context import Context
 from megapre.models.moe import MoE, Router
+from megapre.models.positions import HeadNorm, Rotary, Turn, rope_tables
 from megapre.parallel.buckets import Buffers
 from megapre.parallel.context import over_context, places
 from megapre.parallel.expert import Experts, GroupedLinear
@@ -92,7 +92,7 @@ class Model(nn.Module):
         shard = slice(first, first + rows)
         rope = None
         if self.config.positions == "rope":
-            rope = tables(positions, self.config.head_dim, self.config.rope_theta, self.dtype)
+            rope = rope_tables(self.config, positions, self.dtype)
         return Context(
             tokens=place(m.tokens[mine]),
             targets=place(m.targets[mine]),
@@ -165,11 +165,19 @@ class _Builder:
             norms.append(self.norm(f"{name}.mlp_norm"))
         qkv = self.linear("column", *(f"{name}.attention.{part}" for part in "qkv"))
         output = self.linear("row", f"{name}.attention.output")
-        rope = self.kernels.rope_qk
-        attention = Attention(config, number, qkv, output, self.axis, rope, self.core, recompute_attention)
+        turns = self.turns(config, f"{name}.attention")
+        attention = Attention(config, number, qkv, output, self.axis, turns, self.core, recompute_attention)
         make = self.moe if config.has_experts(number) else self.mlp
         mlp = make(config, number, f"{name}.mlp")
         return Block(config, number, norms, attention, mlp, self.kernels)
+
+    def turns(self, config: ModelConfig, name: str) -> list[Turn]:
+        turns: list[Turn] = []
+        if config.qk_norm:
+            turns.append(HeadNorm(self.norm(f"{name}.q_norm"), self.norm(f"{name}.k_norm")))
+        if config.positions == "rope":
+            turns.append(Rotary(config, self.kernels))
+        return turns
 
     def mlp(self, config: ModelConfig, number: int, name: str) -> FeedForward:
         up = self.linear("column", *(f"{name}.{part}" for part in spec.up_parts(config)))
@@ -196,10 +204,11 @@ class _Builder:
         return Embedding(self.flat.parameter("embedding.tokens.weight"), self.axis, self.sequence)
 
     def norm(self, name: str) -> Norm:
-        bias = self.flat.parameter(f"{name}.bias") if self.config.norm == "layernorm" else None
+        bias = self.flat.parameter(f"{name}.bias") if self.flat.holds(f"{name}.bias") else None
         return Norm(self.flat.parameter(f"{name}.weight"), bias, self.config.norm_eps, self.kernels)
 
     def linear(self, kind: str, *parts: str) -> Linear:
         weight = self.flat.parameter(*(f"{part}.weight" for part in parts))
-        bias = self.flat.parameter(*(f"{part}.bias" for part in parts)) if self.config.bias else None
+        biased = self.flat.holds(f"{parts[0]}.bias")
+        bias = self.flat.parameter(*(f"{part}.bias" for part in parts)) if biased else None
         return Linear(kind, weight, bias, self.axis, self.sequence)

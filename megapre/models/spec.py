@@ -82,10 +82,14 @@ def _spread(layers: int, count: int) -> list[int]:
 
 
 def _norm(model: ModelConfig, name: str, layer: int) -> list[TensorSpec]:
-    weight = TensorSpec(f"{name}.weight", (model.hidden,), layers=(layer,), init="ones")
+    return _norm_of(model, TensorSpec(f"{name}.weight", (model.hidden,), layers=(layer,), init="ones"))
+
+
+def _norm_of(model: ModelConfig, weight: TensorSpec) -> list[TensorSpec]:
+    """The tensors of the norm whose weight is ``weight``."""
     if model.norm == "rmsnorm":
         return [weight]
-    return [weight, TensorSpec(f"{name}.bias", (model.hidden,), layers=(layer,), init="zeros")]
+    return [weight, replace(weight, name=weight.name.removesuffix("weight") + "bias", init="zeros")]
 
 
 def _block(model: ModelConfig, layer: int, tensor_ranks: int) -> list[TensorSpec]:
@@ -102,21 +106,26 @@ def _block(model: ModelConfig, layer: int, tensor_ranks: int) -> list[TensorSpec
             for part in ("attention.output", "mlp.down")
         ]
 
-    def matrices(parts: list[tuple[str, int, Shard]], width: int, std: float) -> list[TensorSpec]:
+    if model.qk_norm:
+        for part in ("q_norm", "k_norm"):
+            path = f"{name}.attention.{part}.weight"
+            specs += _norm_of(model, TensorSpec(path, (model.head_dim,), layers=owner, init="ones", spread=True))
+
+    def matrices(parts: list[tuple[str, int, Shard]], width: int, bias: bool) -> list[TensorSpec]:
         """Weights [out, in] of parts that one fused matrix holds, then their biases."""
         rows = [
-            TensorSpec(f"{name}.{part}.weight", (rows, width), placement, owner, std=std, decay=True)
+            TensorSpec(f"{name}.{part}.weight", (rows, width), placement, owner, std=model.init_std, decay=True)
             for part, rows, placement in parts
         ]
         biases = [
             TensorSpec(f"{name}.{part}.bias", (rows,), placement, owner, init="zeros")
             for part, rows, placement in parts
-            if model.bias
+            if bias
         ]
         return _fuse(rows) + _fuse(biases)
 
     columns = [("attention.q", q_width, Shard(0)), ("attention.k", kv_width, kv), ("attention.v", kv_width, kv)]
-    specs += matrices(columns, hidden, model.init_std)
+    specs += matrices(columns, hidden, model.has_qkv_bias)
     specs.append(
         TensorSpec(f"{name}.attention.output.weight", (hidden, q_width), Shard(1), owner, std=out_std, decay=True)
     )
@@ -127,7 +136,7 @@ def _block(model: ModelConfig, layer: int, tensor_ranks: int) -> list[TensorSpec
         mlps = {"mlp.shared": width} if width else {}
     for mlp, width in mlps.items():
         parts = [(f"{mlp}.{part}", width, Shard(0)) for part in up_parts(model)]
-        specs += matrices(parts, hidden, model.init_std)
+        specs += matrices(parts, hidden, model.bias)
         specs.append(
             TensorSpec(f"{name}.{mlp}.down.weight", (hidden, width), Shard(1), owner, std=out_std, decay=True)
         )
@@ -136,14 +145,14 @@ def _block(model: ModelConfig, layer: int, tensor_ranks: int) -> list[TensorSpec
 
 def up_parts(model: ModelConfig) -> tuple[str, ...]:
     """What an MLP applies to its input, side by side in one matrix."""
-    return ("gate", "up") if model.activation == "swiglu" else ("up",)
+    return ("gate", "up") if model.gated else ("up",)
 
 
 def _experts(model: ModelConfig, name: str, owner: tuple[int, ...], out_std: float) -> list[TensorSpec]:
     """The router, then the experts' first matrices, expert by expert, then their second ones."""
     hidden, width = model.hidden, model.n_expert_hidden
     router = TensorSpec(
-        f"{name}.router.weight", (model.experts, hidden), layers=owner, std=model.init_std, decay=True, token_shard=True
+        f"{name}.router.weight", (model.experts, hidden), layers=owner, std=model.init_std, decay=True, spread=True
     )
 
     def of(expert: int, part: str, shape: tuple[int, int], dim: int, std: float) -> TensorSpec:

@@ -28,21 +28,26 @@ PEAKS = {
 
 
 def flops_per_token(model: ModelConfig, vocab: int) -> float:
-    """Model FLOPs per token, forward and backward: ``6 N + 12 layers x hidden x sequence x c``.
+    """Model FLOPs per token, forward and backward: ``6 N + 12 layers x heads x head size x keys``.
 
     N counts the weights of matrices that a token is multiplied by (attention, MLP or router and the experts that work
     on it, and the output layer; an embedding is a look-up). Each costs 2 FLOPs forward and 4 backward. Attention
-    scores and their use cost ``4 x hidden x sequence`` a layer forward; causal attention needs half of it (c = 1/2),
-    full attention all (c = 1). Recomputation is not counted. Formula: arXiv 2104.04473 and PaLM's appendix B.
+    scores and their use cost ``4 x heads x head size`` a layer forward for each key that a query reads: on average
+    sequence / 2 in causal attention, all in full attention, fewer with a window. Recomputation is not counted.
+    Formula: arXiv 2104.04473 and PaLM's appendix B.
     """
     attention = model.hidden * model.head_dim * (2 * model.heads + 2 * model.n_kv_heads)
-    matrices = 3 if model.activation == "swiglu" else 2
+    matrices = 3 if model.gated else 2
     active = (model.experts_per_token + model.shared_experts) * model.n_expert_hidden
     mlp, moe = matrices * model.hidden * model.n_ffn, model.hidden * (matrices * active + model.experts)
     sparse = sum(model.has_experts(layer) for layer in range(1, model.layers + 1))
     weights = model.layers * attention + (model.layers - sparse) * mlp + sparse * moe + model.hidden * vocab
-    causal = 0.5 if model.architecture == "decoder" else 1.0
-    return 6.0 * weights + 12.0 * model.layers * model.hidden * model.sequence * causal
+    reach = min(model.window or model.sequence, model.sequence)  # a query's keys lie in a window
+    if model.architecture == "decoder":
+        read = reach - reach * reach / (2 * model.sequence)
+    else:
+        read = model.sequence - max(0, model.sequence - reach) ** 2 / model.sequence
+    return 6.0 * weights + 12.0 * model.layers * model.heads * model.head_dim * read
 
 
 def peak_tflops(config: Config, device_type: str) -> float:

@@ -63,6 +63,10 @@ class Buffers:
             slot.spec.name: (index, slot) for index, bucket in enumerate(layout.buckets) for slot in bucket.slots
         }
 
+    def holds(self, name: str) -> bool:
+        """Whether this rank has the tensor."""
+        return name in self._places
+
     def replicas(self, bucket: Bucket) -> Axis:
         """The ranks that hold the same weights as this one, over which ``bucket`` is reduced and sharded."""
         return self.partition.replicas(bucket)

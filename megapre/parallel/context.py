@@ -19,7 +19,7 @@ from megapre.kernels.mask import Mask
 from megapre.parallel.comm import Axis
 
 Core = Callable[..., Tensor]
-"""attention(q, k, v, *, mask, bias=None, dropout=None) as in ``megapre/kernels/attention.py``."""
+"""attention(q, k, v, *, mask, bias=None, dropout=None, scale=None) as in ``megapre/kernels/attention.py``."""
 
 
 def places(length: int, method: str, rank: int, size: int) -> Tensor:
@@ -45,8 +45,9 @@ def over_context(method: str, axis: Axis, core: Chain) -> Core:
         mask: Mask,
         bias: Tensor | None = None,
         dropout: AttentionDropout | None = None,
+        scale: float | None = None,
     ) -> Tensor:
-        return _Ring.apply(q, k, v, bias, _Pairs(axis, core, mask, dropout, q.shape[0] // 2))
+        return _Ring.apply(q, k, v, bias, _Pairs(axis, core, mask, dropout, scale, q.shape[0] // 2))
 
     def ulysses(
         q: Tensor,
@@ -56,13 +57,14 @@ def over_context(method: str, axis: Axis, core: Chain) -> Core:
         mask: Mask,
         bias: Tensor | None = None,
         dropout: AttentionDropout | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         own = q.shape[2] // axis.size
         heads = slice(axis.rank * own, (axis.rank + 1) * own)
         if dropout is not None:
             dropout = replace(dropout, sites=dropout.sites[heads])
         q, k, v = (_Swap.apply(x, axis, True) for x in (q, k, v))
-        out = core(q, k, v, mask=mask, bias=None if bias is None else bias[heads], dropout=dropout)
+        out = core(q, k, v, mask=mask, bias=None if bias is None else bias[heads], dropout=dropout, scale=scale)
         return _Swap.apply(out, axis, False)
 
     return {"ring": ring, "ulysses": ulysses}[method]
@@ -103,6 +105,7 @@ class _Pairs:
     mask: Mask
     """Of the whole sequence."""
     dropout: AttentionDropout | None
+    scale: float | None
     chunk: int
 
     def of(self, owner: int, bias: Tensor | None) -> list[tuple[slice, slice, slice, dict[str, Any]]]:
@@ -117,7 +120,7 @@ class _Pairs:
                 start = (last + key - query) * n
                 along = slice(start, start + 2 * n - 1)
                 part = None if bias is None else bias[:, along]
-                options = dict(mask=mask, bias=part, dropout=self.dropout)
+                options = dict(mask=mask, bias=part, dropout=self.dropout, scale=self.scale)
                 found.append((slice(i * n, (i + 1) * n), slice(j * n, (j + 1) * n), along, options))
         return found
 

@@ -99,8 +99,9 @@ class TensorSpec:
     """Whether the next tensor of the list must follow it in memory, both being one matrix to the layer."""
     expert: int | None = None
     """The expert that it belongs to: only ranks that hold this expert hold it."""
-    token_shard: bool = False
-    """Whether each tensor rank works on other tokens with it, sequence parallelism or not (routers)."""
+    spread: bool = False
+    """Whether each tensor rank works on other tokens (routers) or heads (norms of q and k) with it, sequence
+    parallelism or not."""
 
     @property
     def replicas(self) -> str:
@@ -113,5 +114,5 @@ class TensorSpec:
         Under sequence parallelism, what the tensor ranks replicate sees a shard of the sequence on each of them.
         """
         if isinstance(self.placement, Replicate):
-            return "tensor" if sequence_parallel or self.token_shard else ""
+            return "tensor" if sequence_parallel or self.spread else ""
         return "kv" if self.placement.copies > 1 else ""

@@ -29,6 +29,11 @@ class Shape:
     causal: bool = True
     tied: bool = True
     bias: bool = False
+    qkv_bias: bool = False
+    """The projections to q, k and v have biases where ``bias`` is false."""
+    qk_norm: bool = False
+    window: int = 0
+    """Keys that a query of a sliding window reads, at most; 0: all."""
     layer_norm: bool = False
     """LayerNorm, which has a bias, rather than RMSNorm."""
     learned_positions: bool = False
@@ -54,6 +59,19 @@ class Shape:
         return self.kv_heads * self.head_dim
 
     @property
+    def norm(self) -> int:
+        """Elements of a norm of the residual stream."""
+        return self.hidden * (2 if self.layer_norm else 1)
+
+    @property
+    def keys(self) -> float:
+        """Keys that a query reads, on average."""
+        reach, length = min(self.window or self.sequence, self.sequence), self.sequence
+        if self.causal:
+            return reach - reach * reach / (2 * length)
+        return length - (length - reach) ** 2 / length
+
+    @property
     def matrices(self) -> int:
         """Matrices of an MLP."""
         return 3 if self.gated else 2
@@ -74,18 +92,23 @@ class Shape:
         routed = (self.experts_per_token if active else self.experts) * self.expert_ffn
         return self.matrices * self.hidden * (routed + self.shared_ffn) + self.hidden * self.experts
 
+    def block_vectors(self, tensor: int = 1) -> float:
+        """Elements of a block's norms and biases on one of ``tensor`` ranks."""
+        kv = max(self.kv_width / tensor, self.head_dim)
+        vectors: float = self.norm * (1 if self.parallel_block else 2)
+        vectors += 2 * self.head_dim * self.norm / self.hidden if self.qk_norm else 0
+        if self.bias:
+            vectors += 2 * self.hidden + self.ffn / tensor * (self.matrices - 1)
+        return vectors + (self.q_width / tensor + 2 * kv if self.bias or self.qkv_bias else 0)
+
     def parameters(self, *, active: bool = False) -> int:
         """Elements of all tensors; those that one token meets when ``active``."""
-        norm = self.hidden * (2 if self.layer_norm else 1)
-        vectors = norm * (1 if self.parallel_block else 2)
-        if self.bias:
-            vectors += self.q_width + 2 * self.kv_width + 2 * self.hidden + self.ffn * (self.matrices - 1)
         blocks = sum(
-            count * (self.attention_weights() + self.mlp_weights(moe, active=active) + vectors)
+            count * (self.attention_weights() + self.mlp_weights(moe, active=active) + int(self.block_vectors()))
             for count, moe in ((self.layers - self.moe_layers, False), (self.moe_layers, True))
         )
         positions = self.sequence * self.hidden if self.learned_positions else 0
-        return blocks + self.vocab * self.hidden * (1 if self.tied else 2) + positions + norm
+        return blocks + self.vocab * self.hidden * (1 if self.tied else 2) + positions + self.norm
 
     def model_flops(self, tokens: float, attention: float = 0.5) -> float:
         """FLOPs of ``tokens``, forward and backward, recomputation not counted.
@@ -97,7 +120,7 @@ class Shape:
             count * (self.attention_weights() + self.mlp_weights(moe, active=True))
             for count, moe in ((self.layers - self.moe_layers, False), (self.moe_layers, True))
         )
-        share = attention if self.causal else 1.0
+        share = min(attention if self.causal else 1.0, self.keys / self.sequence if self.window else 1.0)
         weights = blocks + self.hidden * self.vocab
         return tokens * (6.0 * weights + 12.0 * self.layers * self.q_width * self.sequence * share)
 
@@ -220,10 +243,13 @@ def shape_of(config: Config, vocab: int) -> Shape:
         ffn=model.n_ffn,
         vocab=vocab,
         sequence=model.sequence,
-        gated=model.activation == "swiglu",
+        gated=model.gated,
         causal=model.architecture == "decoder",
         tied=model.tied_embeddings,
         bias=model.bias,
+        qkv_bias=model.qkv_bias,
+        qk_norm=model.qk_norm,
+        window=model.window,
         layer_norm=model.norm == "layernorm",
         learned_positions=model.positions == "learned",
         parallel_block=model.parallel_block,

@@ -72,14 +72,9 @@ def block_elements(shape: Shape, tensor: int, moe: bool) -> tuple[float, float]:
     h, t = shape.hidden, tensor
     kv = max(shape.kv_width / t, shape.head_dim)
     matrices = 2 * h * shape.q_width / t + 2 * h * kv
-    norm = h * (2 if shape.layer_norm else 1)
-    vectors: float = norm * (1 if shape.parallel_block else 2)
-    if shape.bias:
-        vectors += shape.q_width / t + 2 * kv + 2 * h
-    up = shape.matrices - 1
+    vectors = shape.block_vectors(t)
     if not moe:
-        width = shape.ffn / t
-        return matrices + shape.matrices * h * width + vectors + (up * width if shape.bias else 0), 0.0
+        return matrices + shape.matrices * h * shape.ffn / t + vectors, 0.0
     shared = shape.matrices * h * shape.shared_ffn / t + h * shape.experts
     return matrices + shared + vectors, float(shape.matrices * h * shape.expert_ffn * shape.experts)
 
@@ -88,7 +83,6 @@ def elements(job: Job, rank: int) -> Elements:
     """Weights of pipeline rank ``rank``."""
     shape, layout = job.shape, job.layout
     table = -(-shape.vocab // layout.tensor) * shape.hidden
-    norm = shape.hidden * (2 if shape.layer_norm else 1)
     split = layout.expert * layout.expert_tensor
     counts, owned = stage_layers(shape, layout), owners(layout)
     first_moe = shape.layers - shape.moe_layers
@@ -109,7 +103,7 @@ def elements(job: Job, rank: int) -> Elements:
             has_table = True
         if stage == len(counts) - 1:
             has_head = True
-            dense += norm + (0 if shape.tied and has_table else table)
+            dense += shape.norm + (0 if shape.tied and has_table else table)
     return Elements(dense, experts, largest, float(table) if has_head else 0.0)
 
 

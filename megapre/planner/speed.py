@@ -88,7 +88,7 @@ class Speed:
             length = shape.sequence / layout.context
             share = known.share * self.flash * length / (length + known.half_length)
             share *= known.narrow if shape.head_dim < 96 else 1.0 if shape.head_dim <= 128 else 0.8
-            forward = flops * (0.5 if shape.causal else 1.0) / (self.device.peak[self.base] * share)
+            forward = flops * shape.keys / shape.sequence / (self.device.peak[self.base] * share)
             return forward, 2.5 * forward
         # Scores written out, read and written by scale, mask, softmax and dropout; bytes per score are those of
         # Megatron's fused softmax.

@@ -141,7 +141,8 @@ def scaled_down(config: Config) -> tuple[Config, int]:
 
     Layers and vocabulary divide by no axis, heads have 13 or 14 features, there are at least 3 buckets, a rank has
     several microbatches, and the gradient is clipped. What the job's code path depends on (norm, activation,
-    positions, GQA, biases, tying, dropout, precision, kernels) is kept. Adam's eps is about the size of a gradient
+    positions, GQA, biases, tying, dropout, precision, kernels) is kept; a window and RoPE's scaling act on so few
+    tokens. Adam's eps is about the size of a gradient
     element, so that a weight's error measures its gradient's: a small eps would turn rounding noise around 0 into
     whole steps, and a gradient wrong by a constant factor into the same step.
     """
@@ -157,6 +158,8 @@ def scaled_down(config: Config) -> tuple[Config, int]:
             shared_experts=min(2, m.shared_experts), moe_every=min(2, m.moe_every),
             moe_dense_first=min(1, m.moe_dense_first),
         )  # fmt: skip
+    sizes: dict[str, Any] = {"head_size": 10, "window": 5, "rope_original": 64}
+    model = replace(model, **{name: size for name, size in sizes.items() if getattr(m, name)})
     train = replace(
         config.train, global_batch=4, microbatch=1, steps=10, device="cpu", threads=1, batch_ramp=[], sequence_ramp=[]
     )

@@ -6,7 +6,7 @@ the counter-based dropout mask. Everything a layout must not change is computed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,17 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megapre.config.schema import Config, ModelConfig
+from megapre.config.schema import Config
 from megapre.data.loader import Microbatch
 from megapre.models import spec
 from megapre.models.build import DTYPES
-from megapre.models.context import ATTENTION, EMBEDDING, MLP, WEIGHTS, site
+from megapre.models.context import EMBEDDING, site
 from megapre.optim.schedule import learning_rate
-from megapre.random.philox import keep_mask, normal
+from megapre.random.philox import normal
 from megapre.verify import oracle_moe
+from megapre.verify.oracle_block import Dropper, Weights, block, mlp, norm
 from megapre.verify.oracle_moe import Ledger
-
-Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def _gradient(weight: Tensor) -> Tensor:
 
 def loss_sum(config: Config, w: Weights, m: Microbatch, step: int, ledger: Ledger | None = None) -> Tensor:
     """Sum over the microbatch's target tokens of their cross-entropy, label-smoothed, with the z-loss."""
-    scores = logits(config, w, m, _Dropper(config, m, step), ledger).flatten(0, 1)
+    scores = logits(config, w, m, Dropper(config, m, step), ledger).flatten(0, 1)
     smoothing = config.train.label_smoothing
     losses = F.cross_entropy(scores, m.targets.flatten(), reduction="none", label_smoothing=smoothing)
     losses = losses + config.train.z_loss * scores.logsumexp(-1).square()
@@ -111,114 +110,19 @@ def loss_sum(config: Config, w: Weights, m: Microbatch, step: int, ledger: Ledge
 
 
 def logits(
-    config: Config, w: Weights, m: Microbatch, drop: _Dropper | None = None, ledger: Ledger | None = None
+    config: Config, w: Weights, m: Microbatch, drop: Dropper | None = None, ledger: Ledger | None = None
 ) -> Tensor:
     """Scores of every next token, [seq, batch, vocabulary]; without ``drop``, as the trained model gives them."""
     model = config.model
     if drop is None:
-        drop = _Dropper(config, m, None)
+        drop = Dropper(config, m, None)
     x = w["embedding.tokens.weight"][m.tokens]  # [seq, batch, hidden]
     if model.positions == "learned":
         x = x + w["embedding.positions.weight"][m.positions]
     x = drop(x, model.dropout, site(0, EMBEDDING))
     for index in range(model.layers):
-        mlp = partial(oracle_moe.apply, ledger=ledger) if model.has_experts(index + 1) else _mlp
-        x = _block(model, w, f"blocks.{index}", index + 1, x, m, drop, mlp)
-    x = _norm(model, w, "head.norm", x)
+        work = partial(oracle_moe.apply, ledger=ledger) if model.has_experts(index + 1) else mlp
+        x = block(model, w, f"blocks.{index}", index + 1, x, m, drop, work)
+    x = norm(model, w, "head.norm", x)
     output = w["embedding.tokens.weight" if model.tied_embeddings else "head.output.weight"]
     return x @ output.T
-
-
-def _block(
-    model: ModelConfig,
-    w: Weights,
-    name: str,
-    layer: int,
-    x: Tensor,
-    m: Microbatch,
-    drop: _Dropper,
-    mlp: Callable[[ModelConfig, Weights, str, Tensor], Tensor],
-) -> Tensor:
-    h = _norm(model, w, f"{name}.attention_norm", x)
-    attended = drop(_attention(model, w, f"{name}.attention", layer, h, m, drop), model.dropout, site(layer, ATTENTION))
-    if model.parallel_block:
-        return x + attended + drop(mlp(model, w, f"{name}.mlp", h), model.dropout, site(layer, MLP))
-    x = x + attended
-    h = _norm(model, w, f"{name}.mlp_norm", x)
-    return x + drop(mlp(model, w, f"{name}.mlp", h), model.dropout, site(layer, MLP))
-
-
-def _norm(model: ModelConfig, w: Weights, name: str, x: Tensor) -> Tensor:
-    if model.norm == "rmsnorm":
-        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + model.norm_eps) * w[f"{name}.weight"]
-    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], model.norm_eps)
-
-
-def _linear(w: Weights, name: str, x: Tensor) -> Tensor:
-    return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
-
-
-def _mlp(model: ModelConfig, w: Weights, name: str, x: Tensor) -> Tensor:
-    up = _linear(w, f"{name}.up", x)
-    if model.activation == "swiglu":
-        up = F.silu(_linear(w, f"{name}.gate", x)) * up
-    else:
-        up = F.gelu(up, approximate="tanh")
-    return _linear(w, f"{name}.down", up)
-
-
-def _attention(
-    model: ModelConfig, w: Weights, name: str, layer: int, x: Tensor, m: Microbatch, drop: _Dropper
-) -> Tensor:
-    length, batch, _ = x.shape
-    q, k, v = (
-        _linear(w, f"{name}.{part}", x).view(length, batch, heads, model.head_dim).permute(1, 2, 0, 3)
-        for part, heads in (("q", model.heads), ("k", model.n_kv_heads), ("v", model.n_kv_heads))
-    )  # [batch, heads, seq, head_dim]
-    if model.positions == "rope":
-        q, k = (_rope(model, part, m.positions) for part in (q, k))
-    repeat = model.heads // model.n_kv_heads
-    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    scores = q @ k.transpose(-1, -2) / model.head_dim**0.5
-    visible = torch.ones(batch, length, length, dtype=torch.bool)
-    if model.architecture == "decoder":
-        visible = visible.tril()
-    if m.segments is not None:
-        documents = m.segments.T
-        visible = visible & (documents[:, :, None] == documents[:, None, :])
-    probabilities = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
-    probabilities = drop.attention(probabilities, model.attention_dropout, layer)
-    mixed = (probabilities @ v).permute(2, 0, 1, 3).reshape(length, batch, -1)
-    return _linear(w, f"{name}.output", mixed)
-
-
-def _rope(model: ModelConfig, x: Tensor, positions: Tensor) -> Tensor:
-    """Rotate the pair (i, i + d/2) by position x theta^(-2i/d)."""
-    half = model.head_dim // 2
-    frequencies = model.rope_theta ** (-torch.arange(half, dtype=torch.float64) * 2 / model.head_dim)
-    turns = torch.polar(torch.ones(()).double(), positions.T[:, None, :, None] * frequencies)
-    rotated = torch.complex(x[..., :half], x[..., half:]) * turns
-    return torch.cat((rotated.real, rotated.imag), -1)
-
-
-class _Dropper:
-    """Applies the counter-based masks of ``step`` to unsharded tensors; none when there is no step."""
-
-    def __init__(self, config: Config, m: Microbatch, step: int | None) -> None:
-        self.seed, self.step, self.samples = config.train.seed, step, m.samples
-        self.rows = torch.arange(m.tokens.shape[0])
-
-    def __call__(self, x: Tensor, probability: float, place: int) -> Tensor:
-        """Drop features of [seq, batch, hidden]."""
-        if not probability or self.step is None:
-            return x
-        keep = keep_mask(self.seed, self.step, [place], self.rows, self.samples, 0, x.shape[-1], probability)[0]
-        return x * keep / (1 - probability)
-
-    def attention(self, x: Tensor, probability: float, layer: int) -> Tensor:
-        """Drop weights of [batch, heads, query, key]."""
-        if not probability or self.step is None:
-            return x
-        sites = [site(layer, WEIGHTS, head) for head in range(x.shape[1])]
-        keep = keep_mask(self.seed, self.step, sites, self.rows, self.samples, 0, x.shape[-1], probability)
-        return x * keep.permute(2, 0, 1, 3) / (1 - probability)

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megapre.config.schema import ModelConfig
-
-Weights = dict[str, Tensor]
+from megapre.verify.oracle_block import Weights, mlp
 
 
 @dataclass
@@ -68,9 +67,9 @@ def apply(model: ModelConfig, w: Weights, name: str, x: Tensor, ledger: Ledger |
     out = torch.zeros_like(x)
     for expert in range(model.experts):
         mine = torch.stack([(pick == expert).double() for pick in picks])
-        out = out + (gates * mine).sum(0).unsqueeze(-1) * _mlp(model, w, f"{name}.experts.{expert}", x)
+        out = out + (gates * mine).sum(0).unsqueeze(-1) * mlp(model, w, f"{name}.experts.{expert}", x)
     if model.shared_experts:
-        out = out + _mlp(model, w, f"{name}.shared", x)
+        out = out + mlp(model, w, f"{name}.shared", x)
     return out
 
 
@@ -115,12 +114,3 @@ def _served(picks: list[Tensor], experts: int, capacity: int) -> Tensor:
                     room[expert] -= 1
                     served[choice, token, sequence] = 1
     return served
-
-
-def _mlp(model: ModelConfig, w: Weights, name: str, x: Tensor) -> Tensor:
-    up = x @ w[f"{name}.up.weight"].T
-    if model.activation == "swiglu":
-        up = F.silu(x @ w[f"{name}.gate.weight"].T) * up
-    else:
-        up = F.gelu(up, approximate="tanh")
-    return up @ w[f"{name}.down.weight"].T

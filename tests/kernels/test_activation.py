@@ -23,7 +23,14 @@ def geglu(x):
     return gelu(gate) * up
 
 
-FORMULAS = {"gelu": gelu, "swiglu": swiglu, "geglu": geglu}
+def gelu_exact(x):
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+FORMULAS = {
+    "gelu": gelu, "gelu_exact": gelu_exact, "relu": lambda x: (x + x.abs()) / 2, "swiglu": swiglu, "geglu": geglu
+}  # fmt: skip
+PLAIN = ("gelu", "gelu_exact", "relu")
 ROWS = [version for op in FORMULAS for version in versions(op)]
 
 
@@ -48,17 +55,20 @@ def test_extremes(version):
     function = load(version, torch.float32)
     x = torch.tensor([-1e4, -90.0, -0.0, 0.0, 90.0, 1e4, float("nan")]).requires_grad_()
     expected, slope = torch.tensor([0, 0, 0, 0, 90.0, 1e4]), torch.tensor([0, 0, 0.5, 0.5, 1, 1])
-    y = function(x) if version.op == "gelu" else function(torch.stack([x, torch.ones_like(x)], -1)).squeeze(-1)
+    if version.op == "relu":
+        slope = torch.tensor([0.0, 0, 0, 0, 1, 1])
+    y = function(x) if version.op in PLAIN else function(torch.stack([x, torch.ones_like(x)], -1)).squeeze(-1)
     (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
     torch.testing.assert_close(y[:-1], expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(grad[:-1], slope, rtol=1e-6, atol=1e-6)
-    assert y[-1].isnan() and grad[-1].isnan()
+    assert y[-1].isnan() and (grad[-1].isnan() or version.op == "relu")
 
 
 def test_gradcheck_and_what_is_saved():
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     for function in (
         activation.gelu_reference, activation.swiglu_reference, activation.swiglu_torch, activation.geglu_reference,
+        activation.gelu_exact_reference, activation.relu_reference,
     ):  # fmt: skip
         assert torch.autograd.gradcheck(function, (x,))
     for function in (activation.swiglu_torch, activation.swiglu_cpp, activation.gelu_cpp, activation.geglu_cpp):

@@ -66,7 +66,8 @@ def compare(config: Config, theirs: torch.nn.Module, names: dict[str, tuple[str,
         gradient = parameters[name].grad
         assert gradient is not None and weights[ours].grad is not None
         found = (gradient.T if transposed else gradient)[part]
-        torch.testing.assert_close({ours: weights[ours].grad}, {ours: found}, rtol=1e-5, atol=1e-8)
+        error = float((weights[ours].grad - found).norm() / found.norm().clamp_min(1e-3))  # some are zero in theory
+        assert error <= 1e-5, f"gradient of {ours} is off by {error:.1e}"  # theirs keeps cos and sin in fp32
 
 
 def test_gpt2() -> None:

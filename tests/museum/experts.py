@@ -10,7 +10,7 @@ EXPERT_MUTANTS = (
     Mutant(
         "router-gradient-of-one-shard-of-the-tokens",
         "megapre/parallel/placement.py",
-        "if sequence_parallel or self.token_shard",
+        "if sequence_parallel or self.spread",
         "if sequence_parallel",
         f"{EXPERTS}[mixtral-2x1x1+ep:2]",
         "without sequence parallelism tensor ranks divide the tokens: the router's gradient is partial there too",

@@ -16,8 +16,8 @@ MUTANTS = (
     Mutant(
         "norm-gradient-not-summed-over-sequence-shards",
         "megapre/parallel/placement.py",
-        'return "tensor" if sequence_parallel or self.token_shard else ""',
-        'return "tensor" if self.token_shard else ""',
+        'return "tensor" if sequence_parallel or self.spread else ""',
+        'return "tensor" if self.spread else ""',
         f"{LAYOUTS}[gpt-2x1x1+sp]",
         "replicated weights that see a shard of the sequence: Megatron-LM's sequence_parallel attribute was forgotten",
     ),
@@ -490,8 +490,8 @@ MUTANTS = (
     Mutant(
         "planner-forgets-the-last-stages-head",
         "megapre/planner/memory.py",
-        "dense += norm + (0 if shape.tied and has_table else table)",
-        "dense += norm",
+        "dense += shape.norm + (0 if shape.tied and has_table else table)",
+        "dense += shape.norm",
         "tests/planner/test_memory.py::test_elements_are_those_of_the_spec",
         "simulators that leave out the vocabulary were off by 37%",
     ),

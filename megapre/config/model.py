@@ -1,0 +1,142 @@
+"""[model] of the job file: every architecture is a setting of the same block. ``docs/models.md`` names the families."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the network. GPT-2, Llama and BERT-like encoders are settings of the same block."""
+
+    architecture: str = "decoder"
+    """``decoder`` (causal attention) or ``encoder`` (full attention)."""
+    layers: int = 2
+    """Number of transformer blocks."""
+    hidden: int = 64
+    """Width of the residual stream, in features."""
+    heads: int = 4
+    """Number of query heads."""
+    kv_heads: int = 0
+    """Number of key/value heads (GQA; 1 is MQA). 0 means equal to ``heads`` (MHA)."""
+    head_size: int = 0
+    """Features per attention head. 0 means ``hidden`` / ``heads``."""
+    ffn_hidden: int = 0
+    """Width of the MLP, in features. 0 means 4 x ``hidden``."""
+    vocab_size: int = 0
+    """Number of token ids. 0 means: taken from the tokenizer recorded beside the training data."""
+    sequence: int = 128
+    """Tokens per sample."""
+    norm: str = "layernorm"
+    """``layernorm`` (arXiv 1607.06450) or ``rmsnorm`` (arXiv 1910.07467), applied before each sub-layer."""
+    norm_eps: float = 1e-5
+    """Added to the variance inside the norm."""
+    activation: str = "gelu"
+    """``gelu`` (tanh form, as GPT-2), ``gelu_exact`` (erf form, as BERT), ``relu``, or gated (arXiv 2002.05202)
+    ``swiglu`` or ``geglu`` (tanh form)."""
+    positions: str = "learned"
+    """``learned`` (GPT-2), ``rope`` (arXiv 2104.09864) or ``none``."""
+    rope_theta: float = 10000.0
+    """Base of the RoPE frequencies."""
+    rope_interleaved: bool = False
+    """Turn neighbouring features together, as the paper does (GPT-J), instead of the two halves (Llama)."""
+    rope_scaling: str = "none"
+    """How RoPE reaches beyond the length that its frequencies were made for: ``none``, ``linear`` (arXiv 2306.15595),
+    ``ntk`` (a larger base), ``yarn`` (arXiv 2309.00071) or ``llama3`` (arXiv 2407.21783, by wavelength)."""
+    rope_factor: float = 1.0
+    """Target length over the original one."""
+    rope_original: int = 0
+    """Original length in tokens, for ``yarn`` and ``llama3``."""
+    rope_low: float = 1.0
+    """``yarn``, ``llama3``: turns over the original length below which a frequency is divided by ``rope_factor``."""
+    rope_high: float = 0.0
+    """``yarn``, ``llama3``: turns above which a frequency is kept. 0 means the papers' 32 and 4."""
+    rope_attention: float = 0.0
+    """``yarn``: factor of the rotated q and k. 0 means the paper's 0.1 ln(``rope_factor``) + 1."""
+    bias: bool = True
+    """Whether linear layers have a bias."""
+    qkv_bias: bool = False
+    """Whether q, k and v have a bias where ``bias`` is false (Qwen2)."""
+    qk_norm: bool = False
+    """Normalise every head's q and k, before RoPE, with weights [head size] shared by the heads (Qwen3)."""
+    window: int = 0
+    """Sliding window: a token reads those less than this many places away (Mistral, arXiv 2310.06825). 0: all."""
+    attention_scale: float = 0.0
+    """Factor of the attention scores; 1 in T5. 0 means 1 / sqrt(head size)."""
+    tied_embeddings: bool = True
+    """Whether the output layer shares the token embedding."""
+    parallel_block: bool = False
+    """Attention and MLP read the same norm and add to the residual together (PaLM, arXiv 2204.02311)."""
+    dropout: float = 0.0
+    """Probability of dropping a feature after the embedding, the attention output and the MLP."""
+    attention_dropout: float = 0.0
+    """Probability of dropping an attention weight."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 x layers)."""
+
+    experts: int = 0
+    """Experts of a mixture-of-experts block (arXiv 1701.06538); 0: every block has one MLP."""
+    experts_per_token: int = 2
+    """Experts that work on each token (top-k)."""
+    expert_hidden: int = 0
+    """Width of an expert, in features. 0 means ``ffn_hidden``."""
+    shared_experts: int = 0
+    """Experts of that width, held as one MLP, that work on every token (arXiv 2401.06066)."""
+    moe_every: int = 1
+    """Every n-th block has experts, starting with block ``moe_dense_first`` + n; the others have an MLP."""
+    moe_dense_first: int = 0
+    """First blocks that have an MLP, not experts."""
+    capacity_factor: float = 0.0
+    """Tokens that an expert takes from a sequence in training, over those of an even share. 0: all (dropless)."""
+    router_scores: str = "softmax"
+    """``softmax`` (Mixtral, Qwen-MoE) or ``sigmoid`` (DeepSeek-V3) of the router's logits."""
+    router_normalize: bool = True
+    """Divide the weights of a token's experts by their sum (Mixtral; with softmax: the softmax of the top k)."""
+    router_scale: float = 1.0
+    """Factor of the weights of a token's experts."""
+    router_bias: bool = False
+    """Balance by a bias on the scores that pick experts (arXiv 2408.15664), moved by ``optimizer.router_bias_rate``."""
+    router_aux_loss: float = 0.0
+    """Weight of the load-balance loss of each router (arXiv 2101.03961), taken over each sequence."""
+    router_z_loss: float = 0.0
+    """Weight of the mean squared logsumexp of each router's logits (arXiv 2202.08906)."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether block ``layer``, counted from 1, is a mixture of experts."""
+        place = layer - self.moe_dense_first
+        return self.experts > 0 and place > 0 and place % self.moe_every == 0
+
+    @property
+    def n_expert_hidden(self) -> int:
+        """Width of an expert with the default resolved."""
+        return self.expert_hidden or self.n_ffn
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key/value heads with the default resolved."""
+        return self.kv_heads or self.heads
+
+    @property
+    def n_ffn(self) -> int:
+        """MLP width with the default resolved."""
+        return self.ffn_hidden or 4 * self.hidden
+
+    @property
+    def head_dim(self) -> int:
+        """Features per attention head with the default resolved."""
+        return self.head_size or self.hidden // self.heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies two products of its input."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the projections to q, k and v have a bias."""
+        return self.bias or self.qkv_bias
+
+    @property
+    def n_rope_high(self) -> float:
+        """``rope_high`` with the default resolved."""
+        return self.rope_high or {"yarn": 32.0}.get(self.rope_scaling, 4.0)

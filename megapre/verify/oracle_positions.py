@@ -1,0 +1,60 @@
+"""The oracle's positions, pair by pair and distance by distance, as the papers write them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megapre.config.schema import ModelConfig
+
+
+def rotate(model: ModelConfig, x: Tensor, positions: Tensor) -> Tensor:
+    """RoPE of x [batch, heads, seq, d] at ``positions`` [seq, batch]: pair i turns by position x its frequency."""
+    half, d = model.head_dim // 2, model.head_dim
+    frequencies = torch.tensor([frequency(model, i) for i in range(half)], dtype=torch.float64)
+    turns = torch.polar(torch.ones(()).double(), positions.T[:, None, :, None] * frequencies)
+    if model.rope_scaling == "yarn":
+        turns = turns * (model.rope_attention or 1 + 0.1 * math.log(model.rope_factor))
+    if model.rope_interleaved:
+        pairs = torch.view_as_complex(x.contiguous().view(*x.shape[:-1], half, 2)) * turns
+        return torch.view_as_real(pairs).flatten(-2)
+    rotated = torch.complex(x[..., :half], x[..., half:]) * turns
+    return torch.cat((rotated.real, rotated.imag), -1).view(*x.shape[:-1], d)
+
+
+def frequency(model: ModelConfig, i: int) -> float:
+    """Radians a position of pair ``i``."""
+    d, theta, factor = model.head_dim, model.rope_theta, model.rope_factor
+    plain = theta ** (-2 * i / d)
+    if model.rope_scaling == "linear":
+        return plain / factor
+    if model.rope_scaling == "ntk":
+        return (theta * factor ** (d / (d - 2))) ** (-2 * i / d)
+    high = model.rope_high or (32 if model.rope_scaling == "yarn" else 4)
+    if model.rope_scaling == "yarn":
+        kept = 1 - _ramp(i, *(_pair_of(model, turns) for turns in (high, model.rope_low)))
+        return kept * plain + (1 - kept) * plain / factor
+    if model.rope_scaling == "llama3":
+        wavelength = 2 * math.pi / plain
+        if wavelength < model.rope_original / high:
+            return plain
+        if wavelength > model.rope_original / model.rope_low:
+            return plain / factor
+        smooth = (model.rope_original / wavelength - model.rope_low) / (high - model.rope_low)
+        return (1 - smooth) * plain / factor + smooth * plain
+    return plain
+
+
+def _pair_of(model: ModelConfig, turns: float) -> float:
+    """The pair, not rounded, that makes so many turns over the original length: theta^(-2i/d) L = 2 pi turns."""
+    return model.head_dim / 2 * math.log(model.rope_original / (2 * math.pi * turns), model.rope_theta)
+
+
+def _ramp(i: int, first: float, last: float) -> float:
+    """0 up to pair ``first``, 1 from ``last`` on; the authors' code rounds both outwards."""
+    low, high = max(0, math.floor(first)), math.ceil(last)
+    if i <= low:
+        return 0.0
+    return min(1.0, (i - low) / (high - low)) if high > low else 1.0
