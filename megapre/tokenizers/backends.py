@@ -80,15 +80,17 @@ def make(name: str, kind: str, path: str) -> Encode:
         raise ValueError(f"--backend {name} cannot read {path} ({str(error)[:200]}).") from None
 
 
-def choose(name: str, tokenizer: Tokenizer, path: str, first: Iterable[str], log: Callable[[str], None]) -> str:
-    """The back end that ``name`` stands for: ``auto`` is the fastest that passes the check, else itself when it does.
+def choose(
+    name: str, tokenizer: Tokenizer, path: str, first: Iterable[str], log: Callable[[str], None]
+) -> tuple[str, Encode]:
+    """The back end that ``name`` stands for, and its encoder: ``auto`` is the fastest that passes the check.
 
     Raises ValueError when a named back end is missing or gives other ids than the reference.
     """
     if name not in BACKENDS:
         raise ValueError(f"--backend {name} is unknown; the back ends are {', '.join(BACKENDS)}.")
     if name == "reference":
-        return name
+        return name, tokenizer.encode_batch  # type: ignore[return-value]
     texts = [*HOSTILE, *first]
     for candidate in FAST if name == "auto" else (name,):
         try:
@@ -101,11 +103,11 @@ def choose(name: str, tokenizer: Tokenizer, path: str, first: Iterable[str], log
             continue
         problem = differs(encode, tokenizer, texts)
         if not problem:
-            return candidate
+            return candidate, encode
         if name != "auto":
             raise ValueError(f"--backend {name} gives other ids than the tokenizer itself: {problem}.")
         log(f"WARNING: back end {candidate} gives other ids than the tokenizer itself and is not used: {problem}")
-    return "reference"
+    return "reference", tokenizer.encode_batch  # type: ignore[return-value]
 
 
 def differs(encode: Encode, tokenizer: Tokenizer, texts: Sequence[str]) -> str:

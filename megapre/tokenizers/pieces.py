@@ -20,7 +20,6 @@ from megapre.tokenizers.backends import Encode, make
 from megapre.tokenizers.documents import batches
 from megapre.tokenizers.inputs import Piece
 from megapre.tokenizers.load import load
-from megapre.tokenizers.sentences import split_sentences
 
 REPORTED = 20
 """Bad lines of a span that its record describes; all are counted."""
@@ -98,7 +97,7 @@ class Shard:
         if not ids:
             return
         flat = np.concatenate(ids)
-        low, high = int(flat.min()), int(flat.max())
+        low, high = 0 if flat.dtype.kind == "u" else int(flat.min()), int(flat.max())
         if low < 0 or high >= self.vocab_size:
             raise RuntimeError(f"the tokenizer gave id {high if low >= 0 else low}, outside its {self.vocab_size} ids.")
         self._files[".bin"].write(flat.astype(self.dtype).data)
@@ -129,12 +128,10 @@ class Shard:
                 os.remove(file.name)
 
 
-def tokenize(setting: Setting) -> Callable[[Piece, Callable[[Any], None]], Record]:
-    """The function that turns a piece into shards; reads the tokenizer once."""
-    if setting.backend == "reference":
-        encode: Encode = load(*setting.tokenizer).encode_batch  # type: ignore[assignment]
-    else:
-        encode = make(setting.backend, setting.kind, setting.tokenizer[1])
+def tokenize(setting: Setting, encode: Encode | None = None) -> Callable[[Piece, Callable[[Any], None]], Record]:
+    """The function that turns a piece into shards; reads the tokenizer unless its ``encode`` is given."""
+    if encode is None:
+        encode = encoder(setting)
     eod = [] if setting.eod is None else [setting.eod]
     dtype = token_dtype(setting.size)
 
@@ -154,6 +151,13 @@ def tokenize(setting: Setting) -> Callable[[Piece, Callable[[Any], None]], Recor
         return record
 
     return work
+
+
+def encoder(setting: Setting) -> Encode:
+    """The back end, read anew."""
+    if setting.backend == "reference":
+        return load(*setting.tokenizer).encode_batch  # type: ignore[return-value]
+    return make(setting.backend, setting.kind, setting.tokenizer[1])
 
 
 def _fill(
@@ -206,6 +210,8 @@ def _encode(
             if not sentences:
                 columns.append([[ids] for ids in encode([document[key] for document in texts])])
                 continue
+            from megapre.tokenizers.sentences import split_sentences  # loads `regex`, which no other path needs
+
             cut = [split_sentences(document[key]) for document in texts]
             flat = iter(encode([sentence for document in cut for sentence in document]))
             columns.append([[next(flat) for _ in document] for document in cut])

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from megapre.data.indexed import token_dtype
 from megapre.data.merge import Part, Target, each
 from megapre.data.sidecar import TokenizerRecord, write_json
 from megapre.tokenizers import workers
-from megapre.tokenizers.backends import choose
+from megapre.tokenizers.backends import Encode, choose
 from megapre.tokenizers.documents import LARGEST_DOCUMENT, BadLine, batches, lines_before
 from megapre.tokenizers.inputs import Piece, Span, cut, share_out
 from megapre.tokenizers.load import load
@@ -33,6 +34,7 @@ FIRST_DOCUMENTS, FIRST_CHARACTERS = 200, 1 << 17
 """Documents of the input that back ends are compared on."""
 INLINE = 32 << 20
 """Bytes of input that one worker tokenizes in this process."""
+Make = Callable[[Setting], Callable[[Piece, Callable[[Any], None]], Record]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def preprocess(job: Job, log: Callable[[str], None] | None = None, team: Team | 
 
 
 def _run(job: Job, parts: Path, log: Callable[[str], None], team: Team) -> Report:
-    plan = team.broadcast("plan", _plan(job, parts, log) if team.rank == 0 else None)
+    plan, encode = _plan(job, parts, log) if team.rank == 0 else ({}, None)
+    plan = team.broadcast("plan", plan)
     pieces = [Piece(p["number"], tuple(Span(**span) for span in p["spans"]), p["size"]) for p in plan["pieces"]]
     record = TokenizerRecord(**plan["record"])
     setting = Setting(
@@ -122,7 +125,8 @@ def _run(job: Job, parts: Path, log: Callable[[str], None], team: Team) -> Repor
         record.eod if job.append_eod else None, job.split_sentences, job.largest_document,
     )  # fmt: skip
     low, high = share_out(pieces, team.size)[team.rank]
-    done = _tokenize(job, pieces[low:high], setting, log if team.rank == 0 else _silent)
+    make = tokenize if team.start_method != "fork" else partial(tokenize, encode=encode)
+    done = _tokenize(job, pieces[low:high], setting, make, log if team.rank == 0 else _silent, team.start_method)
     report = _report(job, done, log, team)
     counts = {number: found.counts for number, (found, _) in done.items()}
     report.prefixes = _merge(job, parts, record, counts, range(low, high), team)
@@ -143,11 +147,11 @@ def _lock(path: str) -> int:
     return file
 
 
-def _plan(job: Job, parts: Path, log: Callable[[str], None]) -> dict[str, Any]:
+def _plan(job: Job, parts: Path, log: Callable[[str], None]) -> tuple[dict[str, Any], Encode]:
     """Pieces and back end; ``parts`` keeps those of an earlier run only when that run was of the same job."""
     tokenizer = load(*job.tokenizer)
     pieces = cut(job.inputs, job.piece_bytes)
-    backend = choose(job.backend, tokenizer, job.tokenizer_model, _first_texts(job, pieces), log)
+    backend, encode = choose(job.backend, tokenizer, job.tokenizer_model, _first_texts(job, pieces), log)
     log(f"tokenizer {tokenizer.type}, {tokenizer.vocab_size} ids, end-of-document {tokenizer.eod}, back end {backend}; "
         f"{sum(piece.size for piece in pieces) / 1e6:.1f} MB in {len(pieces)} pieces")  # fmt: skip
     plan = {
@@ -169,7 +173,7 @@ def _plan(job: Job, parts: Path, log: Callable[[str], None]) -> dict[str, Any]:
         write_json(parts / "plan.json", plan)
     for stale in parts.glob("*.tmp-*"):
         stale.unlink(missing_ok=True)
-    return plan
+    return plan, encode
 
 
 def _read_plan(parts: Path) -> Any:
@@ -185,7 +189,7 @@ def _first_texts(job: Job, pieces: list[Piece]) -> Iterator[str]:
         for span in piece.spans[:FIRST_DOCUMENTS]:
             for batch in batches(span, job.keys, job.largest_document):
                 for texts in batch.texts:
-                    yield from texts
+                    yield from (text[: FIRST_CHARACTERS - characters] for text in texts)
                     documents, characters = documents + 1, characters + sum(map(len, texts))
                     if documents >= FIRST_DOCUMENTS or characters >= FIRST_CHARACTERS:
                         return
@@ -194,7 +198,7 @@ def _first_texts(job: Job, pieces: list[Piece]) -> Iterator[str]:
 
 
 def _tokenize(
-    job: Job, pieces: list[Piece], setting: Setting, log: Callable[[str], None]
+    job: Job, pieces: list[Piece], setting: Setting, make: Make, log: Callable[[str], None], method: str
 ) -> dict[int, tuple[Record, bool]]:
     """Records of ``pieces`` by number, and whether an earlier run left it."""
     parts = Path(setting.parts)
@@ -203,9 +207,9 @@ def _tokenize(
     if done:
         log(f"{len(done)} of {len(pieces)} pieces were finished by an earlier run")
     size = sum(piece.size for piece in left)
-    inline = job.workers == 1 and size <= INLINE
+    crew = 0 if job.workers == 1 and size <= INLINE else job.workers
     meter = _Meter(job.log_interval, size, log)
-    for piece, record in workers.run(tokenize, setting, left, 0 if inline else job.workers, meter.documents):
+    for piece, record in workers.run(make, setting, left, crew, meter.documents, method):
         done[piece.number] = (record, False)
         meter.bytes(piece.size)
         bad = [span for span in record.spans if span.bad_count]

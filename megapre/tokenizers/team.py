@@ -32,6 +32,8 @@ class Team:
     """A process alone."""
 
     rank, size = 0, 1
+    start_method = "fork"
+    """How its workers may start."""
 
     def broadcast(self, name: str, value: Any) -> Any:
         """Rank 0's ``value``, plain JSON, on every rank."""
@@ -96,6 +98,8 @@ class FileTeam(Team):
 
 class MpiTeam(Team):
     """Ranks of ``MPI.COMM_WORLD``."""
+
+    start_method = "forkserver"  # memory that a network card is reading may move when a rank is copied
 
     def __init__(self, communicator: Any) -> None:
         self._world = communicator

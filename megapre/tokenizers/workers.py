@@ -1,6 +1,7 @@
 """Worker processes that take pieces one at a time and are replaced when their memory has grown.
 
-The caches of the fastest tokenizers know no bound; a new process is cheaper than a limit inside them.
+The caches of the fastest tokenizers know no bound; a new process is cheaper than a limit inside them. Processes start
+as copies of this one, with the tokenizer read already; under MPI, which does not bear that, as copies of a server.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-RECYCLE = 200 << 20
-"""Resident bytes above which a worker is replaced once its piece is done."""
+RECYCLE = 170 << 20
+"""Resident bytes that a worker may gain; above, it is replaced once its piece is done."""
 
 
 class WorkerError(RuntimeError):
@@ -25,11 +27,14 @@ class WorkerError(RuntimeError):
 class Worker:
     """One process and the pipe to it."""
 
-    def __init__(self, target: Callable[..., Any], setup: Any) -> None:
-        context = get_context("forkserver")
+    def __init__(self, target: Callable[..., Any], setup: Any, crew: Sequence[Worker], method: str) -> None:
+        context: Any = get_context(method)
         self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, target, setup), daemon=True)
-        self.process.start()
+        # A copied process holds our ends of all pipes: closed there, or no worker would see us die.
+        ours = [worker.pipe for worker in [*crew, self]] if method == "fork" else []
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, target, setup, ours), daemon=True)
+        with _one_thread():
+            self.process.start()
         theirs.close()
         self.item: Any = None
 
@@ -52,34 +57,38 @@ def run(
     items: Sequence[Any],
     workers: int,
     progress: Callable[[Any], None],
+    method: str = "fork",
 ) -> Iterator[tuple[Any, Any]]:
-    """(item, result) of every item, as they finish: ``make(setup)`` in each worker gives the function of an item.
+    """(item, result) of every item, as they finish: ``make(setup)`` gives the function of an item.
 
-    The function gets a second argument, through which it may report progress. With 0 workers it runs here. Raises
-    what the function raised, and WorkerError when a process is killed.
+    The function gets a second argument, through which it may report progress. With 0 workers it runs here. ``method``
+    is how processes start: "fork" calls ``make`` once and here, "forkserver" in each. Raises what the function raised,
+    and WorkerError when a process is killed.
     """
     if workers == 0:
         work = make(setup)
         for item in items:
             yield item, work(item, progress)
         return
+    if method == "fork":
+        make, setup = _given, make(setup)
     waiting = deque(items)
     crew: list[Worker] = []
     try:
         while waiting or crew:
             while waiting and len(crew) < workers:
-                crew.append(Worker(make, setup))
+                crew.append(Worker(make, setup, crew, method))
                 crew[-1].give(waiting.popleft())
             ready = {id(pipe) for pipe in wait([worker.pipe for worker in crew])}
             for worker in [worker for worker in crew if id(worker.pipe) in ready]:
-                kind, value, resident = _receive(worker)
+                kind, value, grown = _receive(worker)
                 if kind == "progress":
                     progress(value)
                     continue
                 if kind == "error":
                     raise value
                 item = worker.item
-                if resident > RECYCLE or not waiting:
+                if grown > RECYCLE or not waiting:
                     crew.remove(worker)
                     worker.stop()
                 else:
@@ -88,6 +97,24 @@ def run(
     finally:
         for worker in crew:
             worker.stop(kill=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """What starts here tokenizes by one thread: the processes are the parallelism, and a fork loses threads."""
+    name, before = "TOKENIZERS_PARALLELISM", os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _given(work: Any) -> Any:
+    return work
 
 
 def _receive(worker: Worker) -> tuple[str, Any, int]:
@@ -101,15 +128,15 @@ def _receive(worker: Worker) -> tuple[str, Any, int]:
         raise WorkerError(f"a worker {cause}; what is finished is kept, so run the same command again.") from None
 
 
-def _serve(pipe: Connection, make: Callable[[Any], Any], setup: Any) -> None:
-    # The processes are the parallelism: threads inside each would fight over the same cores.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+def _serve(pipe: Connection, make: Callable[[Any], Any], setup: Any, inherited: Sequence[Connection]) -> None:
+    for other in inherited:
+        other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        work = make(setup)
+        work, before = make(setup), resident()
         while True:
             item = pipe.recv()
-            pipe.send(("done", work(item, lambda value: pipe.send(("progress", value, 0))), resident()))
+            pipe.send(("done", work(item, lambda value: pipe.send(("progress", value, 0))), resident() - before))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone
     except Exception as error:
