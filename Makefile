@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 #   make setup TORCH_INDEX="--extra-index-url https://download.pytorch.org/whl/cpu"
 TORCH_INDEX ?=
 
-.PHONY: setup test demo docs lint nightly clean
+.PHONY: setup test demo docs lint nightly slurm clean
 
 setup: $(VENV)/.ready
 
@@ -41,15 +41,21 @@ LANES := layouts kernels data faults
 layouts := equivalence museum verify parallel models optim training
 kernels := kernels random
 data := data objectives tokenizers tools
-faults := resilience checkpoint monitor
+faults := faults resilience checkpoint monitor
 ifneq ($(filter-out $(LANES),$(LANE)),)
 $(error LANE=$(LANE) is none of: $(LANES))
 endif
-nightly: setup
+nightly: setup $(if $(filter faults,$(LANE)),slurm)
 	test "$(LANE)" != data || test -d build/megatron || \
 		$(BIN)/python -m pip install -q --no-deps --target build/megatron megatron-core==0.16.1
 	MEGATRON_CORE_PATH=build/megatron $(BIN)/python -m pytest -rs --durations=15 \
 		$(if $(LANE),-m "not gpu" $(wildcard $(addprefix tests/,$($(LANE)))),-m nightly)
+
+# What the faults lane runs its jobs under: Debian's Slurm, used without systemd and only while the tests run.
+slurm:
+	test -x /usr/sbin/slurmctld -a -x /usr/sbin/slurmd -a -x /usr/bin/sbatch -a -x /usr/sbin/munged || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge; }
 
 clean:
 	rm -rf build *.egg-info megapre/*.so demo_run

@@ -116,6 +116,17 @@ def read_job(path: str, overrides: Sequence[str]) -> tuple[Config, Ranks | NodeP
     return (check(config, plan.world) if plan else config), plan
 
 
+def doctor(args: argparse.Namespace) -> int:
+    """``megapre doctor``: whether this node is fit, and with a job how fast its ranks compute and communicate."""
+    for option in ("mib", "write", "read", "gpus"):
+        if not getattr(args, option) >= (option == "mib"):
+            raise ConfigError(f"--{option} must be at least {int(option == 'mib')}, not {getattr(args, option)}")
+    config, plan = read_job(args.job, args.overrides) if args.job else (None, None)
+    from megapre.resilience.doctor.run import main as run
+
+    return run(config, plan, args.mib, (args.write, args.read), args.gpus)
+
+
 def verify(args: argparse.Namespace) -> int:
     """``megapre verify``: every layout against the unsharded fp64 reference."""
     if args.ranks < 1:
@@ -123,9 +134,7 @@ def verify(args: argparse.Namespace) -> int:
     config = check(load(args.job, args.overrides))
     from megapre.verify.table import main as run
 
-    return run(
-        config, args.layouts, args.ranks, seed=args.seed, full_size=args.full_size, processes=args.processes
-    )
+    return run(config, args.layouts, args.ranks, seed=args.seed, full_size=args.full_size, processes=args.processes)
 
 
 def trace(args: argparse.Namespace) -> int:
@@ -259,6 +268,13 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     verb("train", train, "train a job, alone or as a rank of torchrun, Slurm or Open MPI", job=True)
+    added = verb("doctor", doctor, "examine this node: driver, GPUs, network, file system, limits")
+    added.add_argument("job", metavar="JOB.toml", nargs="?", help="also measure the job's ranks and axes")
+    added.add_argument("overrides", nargs="*", metavar="table.key=value", help="settings over the file's")
+    added.add_argument("--gpus", type=int, default=0, help="GPUs that must be there (default: as many as there are)")
+    added.add_argument("--mib", type=int, default=256, help="MiB to write and read (default: 256)")
+    added.add_argument("--write", type=float, default=0.0, help="least write rate in MiB/s (default: any)")
+    added.add_argument("--read", type=float, default=0.0, help="least read rate in MiB/s (default: any)")
     added = verb("verify", verify, "prove a job's layouts equal to an unsharded fp64 reference", job=True)
     added.add_argument("--layouts", default="pairs", help="'all', 'pairs' (few that hold every pair of options; the "
                        "default), or TPxPPxDP with options, separated by commas")  # fmt: skip

@@ -20,7 +20,8 @@ from megapre.kernels.registry import report
 from megapre.monitor.fingerprint import differences, fingerprint
 from megapre.monitor.metrics import Monitor
 from megapre.monitor.throughput import Throughput
-from megapre.resilience.connect import connected
+from megapre.resilience import environment
+from megapre.resilience.connect import connected, placement
 from megapre.resilience.flight import recorded
 from megapre.resilience.guard import Guard
 from megapre.resilience.lock import run_lock
@@ -45,6 +46,12 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
         if main:
             (run_dir / "job.toml").write_text(to_toml(config))
         monitor = Monitor(config, run_dir, active=main)
+        # Of GPUs every rank says where it is bound, in its node's log; ranks on a CPU share their cores.
+        if main:
+            monitor.text(environment.shown(os.environ))
+            monitor.text(placement(ranks, device))
+        elif device.type == "cuda":
+            print(placement(ranks, device), flush=True)
         for line in report(engine.kernels, device):
             monitor.text(line)
         if config.resilience.selftest:

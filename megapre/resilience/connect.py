@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,6 +60,32 @@ def join(ranks: Ranks, device: torch.device, timeout: int) -> None:
         world_size=ranks.world,
         timeout=timedelta(seconds=timeout),
     )
+
+
+def placement(ranks: Ranks, device: torch.device, system: Path = Path("/sys")) -> str:
+    """Where this rank computes, in one line: device, its PCI address and NUMA node, the cores it is bound to."""
+    cores = _ranges(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else "unknown"
+    here = f"rank {ranks.rank} on {socket.gethostname()}: cores {cores}, {torch.get_num_threads()} threads"
+    if device.type == "cpu":
+        return f"{here}, no GPU: variables of CUDA and NCCL do not apply"
+    card: Any = torch.cuda.get_device_properties(device)
+    bus = f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"
+    try:
+        node = (system / "bus/pci/devices" / bus / "numa_node").read_text().strip()
+    except OSError:
+        node = "unknown"
+    return f"{here}, {device} {card.name} at {bus}, NUMA node {node}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0-3,8 of [0, 1, 2, 3, 8]."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 def pick_device(config: Config, ranks: Ranks) -> torch.device:

@@ -1,4 +1,4 @@
-"""Environment variables that must stand before torch is loaded: threads and the allocator.
+"""Environment variables that must stand before torch is loaded: threads, allocators, CUDA and NCCL.
 
 Large temporaries come and go each step. glibc maps and unmaps each of them, which costs a page fault per
 4 KiB; the settings here keep them in the heap, on huge pages.
@@ -12,9 +12,19 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-ALLOCATOR = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
-)
+ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+
+DEVICE = {
+    # A single hardware queue keeps compute and communication in the order in which they were issued, so that
+    # tensor-parallel collectives start before the GEMM that hides them.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "NCCL_DEBUG": "WARN",
+    # Segments that grow instead of fragmenting, as activations of different sizes come and go.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+"""What GPUs need, unless the user set it; without a GPU nothing reads them."""
+SHOWN = ("CUDA_", "NCCL_", "GLOO_", "PYTORCH_", "TORCH_NCCL_", "OMP_", "MASTER_", "GLIBC_TUNABLES")
+"""Beginnings of the names that a run prints."""
 
 
 def threads_per_rank(wanted: int, local_world: int, env: Mapping[str, str]) -> int:
@@ -34,12 +44,21 @@ def usable_cores() -> int:
 
 
 def prepare(env: MutableMapping[str, str], threads: int, single_host: bool) -> None:
-    """Set in ``env`` what ranks inherit: threads, allocator, and loopback alone when one host holds all."""
+    """Set in ``env`` what ranks inherit: threads, allocators, and loopback alone when one host holds all."""
     env["OMP_NUM_THREADS"] = str(threads)
+    for name, value in DEVICE.items():
+        env.setdefault(name, value)
+    if "NCCL_SOCKET_IFNAME" in env:  # rank 0's address and NCCL's traffic share an interface
+        env.setdefault("GLOO_SOCKET_IFNAME", env["NCCL_SOCKET_IFNAME"])
     if uses_glibc():
         env.setdefault("GLIBC_TUNABLES", ALLOCATOR)
     if single_host and Path("/sys/class/net/lo").exists():
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def shown(env: Mapping[str, str]) -> str:
+    """The variables that decide where and how ranks compute and communicate, in one line."""
+    return " ".join(f"{name}={env[name]}" for name in sorted(env) if name.startswith(SHOWN))
 
 
 def uses_glibc() -> bool:

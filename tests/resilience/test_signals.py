@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megapre.resilience.environment import ALLOCATOR, prepare, threads_per_rank, uses_glibc
+from megapre.resilience.environment import ALLOCATOR, DEVICE, prepare, shown, threads_per_rank, uses_glibc
 from megapre.resilience.signals import STOP_SIGNALS, StopRequest
 from megapre.resilience.worker import is_refusal
 
@@ -68,12 +68,20 @@ def test_threads_are_the_jobs_then_the_environments_then_a_share_of_the_cores() 
 
 
 def test_prepare_keeps_what_the_user_set() -> None:
-    env = {"GLIBC_TUNABLES": "mine", "GLOO_SOCKET_IFNAME": "eth0"}
+    mine = {"GLIBC_TUNABLES": "mine", "GLOO_SOCKET_IFNAME": "eth0", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    env = dict(mine)
     prepare(env, 2, single_host=True)
-    assert env == {"GLIBC_TUNABLES": "mine", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "2"}
+    assert env == {**DEVICE, **mine, "OMP_NUM_THREADS": "2"}
+    assert shown(env | {"SECRET_TOKEN": "x"}) == (
+        "CUDA_DEVICE_MAX_CONNECTIONS=8 GLIBC_TUNABLES=mine GLOO_SOCKET_IFNAME=eth0 NCCL_DEBUG=WARN OMP_NUM_THREADS=2 "
+        "PYTORCH_ALLOC_CONF=expandable_segments:True"
+    )
     env = {}
     prepare(env, 2, single_host=False)
     assert "GLOO_SOCKET_IFNAME" not in env
+    across = {"NCCL_SOCKET_IFNAME": "ib0"}
+    prepare(across, 2, single_host=False)
+    assert across["GLOO_SOCKET_IFNAME"] == "ib0"
     assert env.get("GLIBC_TUNABLES") == (ALLOCATOR if uses_glibc() else None)
 
 
