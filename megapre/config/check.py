@@ -145,6 +145,11 @@ def schedule_is_described(config: Config) -> str | None:
     kind, end = schedule.kind, schedule.decay or clock(config, config.train.steps)
     if kind != "wsd" and schedule.cooldown:
         return f"schedule.cooldown ({schedule.cooldown}) belongs to schedule.kind = 'wsd' but this one is '{kind}'"
+    if kind == "plateau" and not (config.train.eval_interval and config.train.eval_samples):
+        return (
+            f"schedule.kind = 'plateau' follows the validation loss: set train.eval_interval and train.eval_samples "
+            f"to at least 1, not {config.train.eval_interval} and {config.train.eval_samples}"
+        )
     if kind != "piecewise" and (schedule.milestones or schedule.factors):
         return f"schedule.milestones and schedule.factors belong to schedule.kind = 'piecewise', not to '{kind}'"
     if kind == "wsd" and not 0 < schedule.cooldown <= end - schedule.warmup:

@@ -108,6 +108,12 @@ def offload_fits(config: Config) -> str | None:
             f"parallel.offload = 'parameters' needs parallel.zero = 3, not {parallel.zero}: change one of them, or set "
             f"parallel.offload to 'optimizer'"
         )
+    kind = config.optimizer.kind
+    if parallel.offload != "none" and kind in ("muon", "adafactor"):
+        return (
+            f"parallel.offload = '{parallel.offload}' updates on the host, where optimizer.kind = '{kind}' cannot sum "
+            f"over ranks: set parallel.offload to 'none', or optimizer.kind to 'adamw' or 'lion'"
+        )
     return None
 
 

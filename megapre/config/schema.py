@@ -97,18 +97,25 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) with fp32 master weights."""
+    """What moves the weights, over fp32 master weights."""
 
+    kind: str = "adamw"
+    """``adamw`` (arXiv 1711.05101), ``lion`` (arXiv 2302.06675), ``muon`` (hidden matrices by orthogonalised momentum,
+    the rest by AdamW) or ``adafactor`` (arXiv 1804.04235; ``lr`` is relative to the size of a tensor's weights)."""
     lr: float = 3e-4
     """Peak learning rate."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment; Lion's interpolation. Adafactor has none."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay of the second moment; of Lion's momentum. Adafactor's follows from the step."""
+    momentum: float = 0.95
+    """Decay of Muon's momentum."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices; norms and biases are not decayed."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns (``embedding.*``, ``blocks.[0-3].*``) of tensors that stay as they are and count in no norm."""
     clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     router_bias_rate: float = 1e-3
@@ -120,7 +127,8 @@ class ScheduleConfig:
     """Learning rate by step: linear warm-up, then a decay."""
 
     kind: str = "cosine"
-    """``cosine``, ``linear``, ``wsd`` (warm-up, stable, decay), ``inverse-sqrt``, ``piecewise`` or ``constant``."""
+    """``cosine``, ``linear``, ``wsd`` (warm-up, stable, decay), ``inverse-sqrt``, ``piecewise``, ``plateau`` (waits for
+    the validation loss) or ``constant``."""
     unit: str = "steps"
     """What ``warmup``, ``decay``, ``cooldown`` and ``milestones`` count: ``steps``, ``samples`` or ``tokens``."""
     warmup: int = 0
@@ -135,6 +143,10 @@ class ScheduleConfig:
     """Steps at which ``piecewise`` changes the rate, rising."""
     factors: list[float] = field(default_factory=list)
     """Rate from each milestone on, as a share of the peak."""
+    patience: int = 2
+    """``plateau``: validations without a better loss that are waited for."""
+    plateau_factor: float = 0.1
+    """``plateau``: factor of the rate after them; it never falls below ``min_lr_ratio``."""
 
 
 @dataclass(frozen=True)

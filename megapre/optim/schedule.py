@@ -68,6 +68,7 @@ def _done(start: int, step: int, end: int) -> float:
 
 FACTORS = {
     "constant": constant,
+    "plateau": constant,  # times what plateau.py has seen
     "linear": linear,
     "cosine": cosine,
     "wsd": warmup_stable_decay,

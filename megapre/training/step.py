@@ -19,8 +19,8 @@ from megapre.kernels.registry import Kernels, choose
 from megapre.models.block import mean_square
 from megapre.models.build import Model
 from megapre.models.context import Context
-from megapre.optim.adamw import AdamW
 from megapre.optim.clip import GradientNorm
+from megapre.optim.optimizer import Optimizer, frozen
 from megapre.optim.scaler import LossScale
 from megapre.parallel.pipeline.actions import Action
 from megapre.parallel.pipeline.executor import Carried, Executor, Memory
@@ -62,9 +62,9 @@ class TrainStep:
         # Offloaded state is updated on the host, whatever the kernels of the model's device are.
         home = model.flat.home.device
         update = kernels if home.type == model.device.type else choose(KernelsConfig(), home, model.dtype)
-        self.optimizer = AdamW(config.optimizer, model.flat, update)
+        self.optimizer = Optimizer(config.optimizer, model.flat, update)
         self.scaler = LossScale(config.precision, model.device)
-        self.norm = GradientNorm(model.flat, kernels)
+        self.norm = GradientNorm(model.flat, kernels, lambda spec: not frozen(config.optimizer, spec))
         self.routing = Routing(config, model)
         self.local_loss = self.norm.zero.clone()
         self._plans: dict[tuple[int, bool], list[Action]] = {}

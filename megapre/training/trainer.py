@@ -24,6 +24,7 @@ from megapre.data.loader import Counts, Loader, Microbatch, StepBatch, batch_num
 from megapre.monitor.fingerprint import fingerprint
 from megapre.monitor.metrics import Monitor
 from megapre.monitor.throughput import Throughput
+from megapre.optim.plateau import Plateau
 from megapre.optim.schedule import learning_rate
 from megapre.parallel.comm import Axis, Work
 from megapre.training.resume import restore
@@ -104,6 +105,7 @@ class Trainer:
         self.skipped = skipped_batches(state, config.data.skip_batches)
         self.loader = open_loader(start, self.skipped)
         guard.load(state.get("guard", {}), start)
+        self.plateau = Plateau(config.schedule, state.get("plateau", {}))
         self.grid = step.grid
         self.host = HostSync(self.grid.host)
         self.saver = self._saver(Path(config.train.run_dir) / "checkpoints")
@@ -131,7 +133,7 @@ class Trainer:
                 break
             index, self.done = batch.step, batch.step + 1
             ahead = self._ahead() if self.done < config.train.steps else None
-            rate = learning_rate(config, index)
+            rate = learning_rate(config, index) * self.plateau.factor
             result = self.step(batch.microbatches, counts, index, rate)
             trouble = self._log(*late) if late else None
             self.throughput.begin(self.steps.at(batch_number(index, self.skipped)).samples)
@@ -169,6 +171,8 @@ class Trainer:
             return
         with self.throughput.pause():
             loss = float(self.step.evaluate(self.validation, self.held_out))
+        if self._due(self.config.train.eval_interval):  # not the extra one at the end of a run that may be prolonged
+            self.plateau.observe(loss)
         self.monitor.log(self.done, {"loss": loss, "perplexity": math.exp(min(loss, 700))}, split="validation")
 
     def save(self, *, last: bool = False) -> None:
@@ -213,6 +217,7 @@ class Trainer:
             "job": asdict(self.config),
             "environment": self.environment,
             "guard": self.guard.state(),
+            "plateau": self.plateau.state(),
             "skipped_batches": self.skipped,
         }
 
@@ -250,6 +255,7 @@ class Trainer:
         left_out = batches_of(trouble.skip, self.skipped)
         self.skipped = sorted({*self.skipped, *left_out})
         self.guard.load(state.get("guard", {}), self.done)
+        self.plateau.load(state.get("plateau", {}))
         self.loader = self.open_loader(self.done, self.skipped)
         self.monitor.started(self.done)
         plans = [(number, self.steps.at(number)) for number in left_out]

@@ -21,7 +21,7 @@ from megapre.models.build import DTYPES
 from megapre.models.context import EMBEDDING, site
 from megapre.optim.schedule import learning_rate
 from megapre.random.philox import normal
-from megapre.verify import oracle_moe
+from megapre.verify import oracle_moe, oracle_optim
 from megapre.verify.oracle_block import Dropper, Weights, block, mlp, norm
 from megapre.verify.oracle_moe import Ledger
 
@@ -63,11 +63,7 @@ def train(config: Config, vocab_size: int, batches: Sequence[Sequence[Microbatch
     weights = {name: value.clone().requires_grad_() for name, value in weights.items()}
     decayed = {tensor.name: tensor.decay for tensor in spec.tensors(config.model, vocab_size)}
     o = config.optimizer
-    groups = [
-        {"params": [w for name, w in weights.items() if decayed[name] == decay], "weight_decay": rate}
-        for decay, rate in ((True, o.weight_decay), (False, 0.0))
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
+    update = oracle_optim.make(o, weights, decayed)
     losses, norms, ledgers = [], [], []
     biases = oracle_moe.initial_biases(config.model)
     first: Weights = {}
@@ -78,7 +74,8 @@ def train(config: Config, vocab_size: int, batches: Sequence[Sequence[Microbatch
         for m in batch:
             total = total + loss_sum(config, weights, m, step, ledgers[-1])
         loss = total / count
-        optimizer.zero_grad()
+        for w in weights.values():
+            w.grad = None
         (loss + ledgers[-1].auxiliary / sum(m.tokens.shape[1] for m in batch)).backward()
         oracle_moe.move_biases(ledgers[-1], o.router_bias_rate)
         norm = torch.stack([w.grad.norm() for w in weights.values() if w.grad is not None]).norm()
@@ -89,9 +86,7 @@ def train(config: Config, vocab_size: int, batches: Sequence[Sequence[Microbatch
         if o.clip:
             for w in weights.values():
                 _gradient(w).mul_(min(1.0, o.clip / float(norm)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        optimizer.step()
+        update(learning_rate(config, step))
     return Truth(losses, norms, first, {name: w.detach() for name, w in weights.items()}, ledgers, biases)
 
 

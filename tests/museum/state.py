@@ -65,15 +65,15 @@ STATE = (
     ),
     Mutant(
         "moments-not-saved",
-        "megapre/optim/adamw.py",
-        "        for kind in STATES:\n            address = slot",
-        "        for kind in STATES[:1]:\n            address = slot",
+        "megapre/optim/optimizer.py",
+        "        for kind in self.state:\n            address = slot",
+        "        for kind in [\"weight\"]:\n            address = slot",
         f"{RESUME}[1x1x1-fp32]",
         "AReaL PR #1468: moments dropped on load",
     ),
     Mutant(
         "moments-at-padded-offsets",
-        "megapre/optim/adamw.py",
+        "megapre/optim/optimizer.py",
         "first = slot.start + address.start - origin",
         "first = max(0, slot.start - origin)",
         f"{RESUME}[1x2x2-fp32]",
@@ -121,10 +121,9 @@ STATE = (
     ),
     Mutant(
         "every-save-holds-the-first",
-        "megapre/optim/adamw.py",
-        "yield address, self.state[kind][index][first : first + address.end - address.start]",
-        "yield address, self.__dict__.setdefault(('first', kind, address), "
-        "self.state[kind][index][first : first + address.end - address.start].clone())",
+        "megapre/optim/optimizer.py",
+        "                    yield address, held",
+        "                    yield address, self.__dict__.setdefault(('first', address), held.clone())",
         f"{RESUME}[1x1x1-fp32]",
         "NeMo RL #3312: every checkpoint after the first held the first one's weights",
     ),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
 import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from megapre.config.check import ConfigError, check
 from megapre.config.schema import Config, OptimizerConfig, ScheduleConfig, TrainConfig
+from megapre.optim.plateau import Plateau
 from megapre.optim.schedule import learning_rate
 
 
@@ -21,7 +25,7 @@ def job(kind: str, **schedule: object) -> Config:
     )
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "inverse-sqrt", "piecewise", "constant"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "inverse-sqrt", "piecewise", "plateau", "constant"])
 def test_warm_up_is_linear_and_reaches_the_peak(kind: str) -> None:
     assert [learning_rate(job(kind), step) for step in range(4)] == pytest.approx([0.5, 1.0, 1.5, 2.0])
 
@@ -77,3 +81,30 @@ def test_a_schedule_that_is_not_described_is_refused(settings: dict[str, object]
     config = job("constant")
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         check(replace(config, schedule=replace(config.schedule, **settings)))  # type: ignore[arg-type]
+
+
+def test_plateau_falls_when_torchs_does_and_goes_on_from_its_state() -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    losses = [random.Random(seed + n).choice([1.0, 2.0, 3.0 - n / 20]) for n in range(40)]
+    schedule = ScheduleConfig(kind="plateau", patience=2, plateau_factor=0.5, min_lr_ratio=0.1)
+    weight = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(weight, factor=0.5, patience=2, threshold=0.0, min_lr=0.1)
+    ours = Plateau(schedule, {})
+    for loss in losses:
+        theirs.step(loss)
+        ours.observe(loss)
+        ours = Plateau(schedule, json.loads(json.dumps(ours.state())))
+        assert ours.factor == pytest.approx(weight.param_groups[0]["lr"]), f"{seed=}"
+    assert ours.factor == pytest.approx(0.1)
+
+
+def test_only_plateau_follows_the_validation_loss() -> None:
+    ours = Plateau(ScheduleConfig(kind="cosine", patience=0), {})
+    for loss in (1.0, 2.0, 3.0):
+        ours.observe(loss)
+    assert ours.factor == 1.0
+
+
+def test_plateau_needs_validation() -> None:
+    with pytest.raises(ConfigError, match=r"'plateau' follows the validation loss: set train\.eval_interval"):
+        check(replace(job("plateau"), train=TrainConfig(eval_interval=0)))
