@@ -54,6 +54,11 @@ def tensors(model: ModelConfig, vocab_size: int, tensor_ranks: int = 1) -> list[
     return specs
 
 
+def shared(model: ModelConfig) -> set[tuple[int, ...]]:
+    """The layers of every tensor that several layers own."""
+    return {spec.layers for spec in tensors(model, 1) if len(spec.layers) > 1}
+
+
 def kv_copies(model: ModelConfig, tensor_ranks: int) -> int:
     """Tensor ranks that hold each key/value head."""
     return max(1, tensor_ranks // model.n_kv_heads)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,25 +40,38 @@ class Grid:
     """Ranks that share each layer."""
     kv: Axis
     """Neighbours on the tensor axis that hold the same key/value head."""
-    tied: Axis
-    """The two ranks of a pipeline that both hold tied embeddings; size 1 on all others."""
     expert: Axis
     """Ranks that share the experts out among them: tokens travel over it."""
     expert_tensor: Axis
     """Neighbours on the tensor axis that share each expert."""
     expert_replicas: Axis
     """Ranks of a stage that hold the same experts."""
+    tied: Mapping[tuple[int, ...], Axis] = field(default_factory=dict)
+    """By the layers that share tensors: the ranks of a pipeline that hold any of these layers; size 1 on others."""
+
+    def axes(self) -> dict[str, Axis]:
+        """Every axis by its name, those of ``tied`` by number, in an order that all ranks share."""
+        shared = {id(axis): axis for axis in self.tied.values()}.values()
+        return {name: getattr(self, name) for name in AXES} | {f"tied {n}": axis for n, axis in enumerate(shared)}
+
+    def mapped(self, change: Callable[[Axis], Axis]) -> Grid:
+        """The grid with every axis changed; one with several names is changed once."""
+        every = [*(getattr(self, name) for name in reversed(AXES)), *self.tied.values()]
+        made = {key: change(axis) for key, axis in {id(axis): axis for axis in every}.items()}
+        tied = {layers: made[id(axis)] for layers, axis in self.tied.items()}
+        return replace(self, tied=tied, **{name: made[id(getattr(self, name))] for name in AXES})
 
 
 AXES = (
-    "world", "host", "pipeline", "backward", "data", "context", "replicas", "tensor", "kv", "tied", "expert",
-    "expert_tensor", "expert_replicas",
+    "world", "host", "pipeline", "backward", "data", "context", "replicas", "tensor", "kv", "expert", "expert_tensor",
+    "expert_replicas",
 )  # fmt: skip
 
 
 def single() -> Grid:
     """The grid of one rank: no process group, no communication."""
-    return Grid(*(Axis(name) for name in AXES))
+    axes: dict[str, Any] = {name: Axis(name) for name in AXES}
+    return Grid(**axes)
 
 
 def build(
@@ -64,15 +79,16 @@ def build(
     device: torch.device,
     *,
     kv_copies: int = 1,
-    tied: tuple[int, int] | None = None,
+    tied: Mapping[tuple[int, ...], tuple[int, ...]] | None = None,
     experts: bool = False,
     host: str = "gloo",
 ) -> Grid:
     """Create every process group of the grid; all ranks call this together after ``init_process_group``.
 
-    ``kv_copies`` tensor ranks hold each key/value head; ``tied`` are the pipeline ranks that both hold the tied
-    embedding; ``experts`` tells whether the model has any; ``host`` is the backend of the axis over CPU memory. The
-    expert mesh cuts the ranks of a stage another way: replicas x expert x expert_tensor, the last innermost.
+    ``kv_copies`` tensor ranks hold each key/value head; ``tied`` maps layers that share tensors to the pipeline ranks
+    that hold them, rising; ``experts`` tells whether the model has any; ``host`` is the backend of the axis over CPU
+    memory. The expert mesh cuts the ranks of a stage another way: replicas x expert x expert_tensor, the last
+    innermost.
     """
     shape = (parallel.pipeline, parallel.data, parallel.context, parallel.tensor)
     size = prod(shape)
@@ -116,6 +132,7 @@ def build(
         expert_replicas = own_replicas if same else lines("expert_replicas", copies)
     else:
         expert, expert_tensor, expert_replicas = Axis("expert"), Axis("expert_tensor"), Axis("expert_replicas")
+    shared = {held: lines("tied", stages[:, list(held)]) for held in sorted(set((tied or {}).values()))}
     return Grid(
         world=Axis("world", dist.get_rank(), size, dist.group.WORLD),
         host=Axis("host", dist.get_rank(), size, dist.new_group(backend=host)),
@@ -126,9 +143,9 @@ def build(
         replicas=own_replicas,
         tensor=own("tensor"),
         kv=lines("kv", ranks.reshape(-1, kv_copies)),
-        tied=lines("tied", stages[:, sorted(set(tied))] if tied else ranks.reshape(-1, 1)),
         expert=expert,
         expert_tensor=expert_tensor,
         expert_replicas=expert_replicas,
+        tied={layers: shared[held] for layers, held in sorted((tied or {}).items())},
     )
 

@@ -55,8 +55,8 @@ class Bucket:
     start: int
     end: int
     slots: tuple[Slot, ...]
-    tied: bool
-    """Holds a tensor that another stage holds too: its gradient is summed over both."""
+    tied: tuple[int, ...]
+    """Layers that share its tensors, where other stages hold some of them: gradients are summed over all; else ()."""
     layers: frozenset[int]
     """Layers of this rank that use it."""
     replicas: str = "replicas"
@@ -126,8 +126,10 @@ class Layout:
         )
         # Last layer first; inside a layer what another axis must sum first, so that it is one run.
         groups.sort(
-            key=lambda g: (g[0].expert is not None, -_finished(g[0], held), not g[0].partial(sequence_parallel))
-        )
+            key=lambda g: (
+                g[0].expert is not None, -_finished(g[0], held), _tied(g[0], held), not g[0].partial(sequence_parallel)
+            )
+        )  # fmt: skip
         axes = {"replicas": (tensor_rank, tensor_size, replicas)}
         axes["expert_replicas"] = (expert.tensor_rank, expert.tensor_size, expert.replicas)
         slots: list[Slot] = []
@@ -135,7 +137,7 @@ class Layout:
         opened = position = 0  # flat positions: start of the open bucket, end of the last slot
         first = 0  # first slot of the open bucket
         for index, group in enumerate(groups):
-            tied = not held.issuperset(group[0].layers)
+            tied = _tied(group[0], held)
             kind = group[0].replicas
             place, places, copies = axes[kind]
             for spec in group:
@@ -147,8 +149,9 @@ class Layout:
                 position = slots[-1].end
             position = _round_up(position, ALIGNMENT)
             after = groups[index + 1][0] if index + 1 < len(groups) else None
-            alone = after is None or after.replicas != kind or tied or not held.issuperset(after.layers)
-            # A tensor tied to another stage is alone in its bucket: both stages then reduce and update it alike.
+            # Tensors tied to other stages share a bucket with none but their like: all stages then cut, reduce and
+            # update it alike.
+            alone = after is None or after.replicas != kind or tied != _tied(after, held)
             if after is not None and by_layer:
                 alone = alone or held.intersection(after.layers) != held.intersection(group[0].layers)
             if alone or position - opened >= bucket_elements:
@@ -158,6 +161,11 @@ class Layout:
                 buckets.append(Bucket(opened, position, inside, tied, used, kind))
                 opened, first = position, len(slots)
         return Layout(tuple(slots), tuple(buckets), held)
+
+
+def _tied(spec: TensorSpec, held: frozenset[int]) -> tuple[int, ...]:
+    """The layers that share the tensor where some are not among ``held``."""
+    return () if held.issuperset(spec.layers) else spec.layers
 
 
 def _round_up(n: int, unit: int) -> int:

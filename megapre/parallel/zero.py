@@ -246,15 +246,18 @@ class WholeGradients:
             self._sums[index] += _partial_sums(self._grid, bucket, whole, layer=layer)
             if self._waiting[index]:
                 continue
-            if bucket.tied:  # the other stage may be many microbatches away: sum now, reduce in finish()
-                self._sums[index].append(self._grid.tied.all_reduce(whole))
-            else:
+            if not bucket.tied:  # other stages may be many microbatches away
                 self._reductions.append(self._reduce(index))
 
     def finish(self) -> None:
         """Return when every gradient that this rank's optimizer reads is complete."""
         assert not any(self._waiting), f"layers never reported: {self._waiting}"
-        self._reductions += [self._reduce(index) for index, bucket in enumerate(self._buckets) if bucket.tied]
+        tied = _tied_order(self._buckets)
+        for index in tied:
+            for work in self._sums[index]:
+                work.wait()
+            self._sums[index] = [self._grid.tied[self._buckets[index].tied].all_reduce(self.rooms[index].tensor)]
+        self._reductions += [self._reduce(index) for index in tied]
         for work in self._reductions:
             work.wait()
 
@@ -323,6 +326,10 @@ class ShardedGradients:
         assert not any(self._waiting), f"layers never reported: {self._waiting}"
         for work in self._sums:
             work.wait()
+        tied = _tied_order(self._buckets)
+        works = [self._grid.tied[self._buckets[index].tied].all_reduce(self.shards[index]) for index in tied]
+        for work in works:
+            work.wait()
 
     def _land(self) -> None:
         """Add what is under way to the shards and free its room."""
@@ -334,12 +341,20 @@ class ShardedGradients:
             self.rooms[index].free()
             if complete:
                 self._sums += _partial_sums(self._grid, bucket, shard, first=part.start)
-                self._sums += [self._grid.tied.all_reduce(shard)] if bucket.tied else []
         self._under_way = []
 
 
 Weights = WholeWeights | ShardedWeights
 Gradients = WholeGradients | ShardedGradients
+
+
+def _tied_order(buckets: Sequence[Bucket]) -> list[int]:
+    """Numbers of the buckets that other stages hold too, in the one order in which all stages sum them.
+
+    Stages complete them in different orders, and a communicator matches its operations by their order.
+    """
+    tied = [index for index, bucket in enumerate(buckets) if bucket.tied]
+    return sorted(tied, key=lambda index: (buckets[index].tied, buckets[index].slots[0].spec.name))
 
 
 def _length(part: slice) -> int:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megapre.config.schema import Config
-from megapre.models.spec import kv_copies
+from megapre.models import spec
 from megapre.parallel import grid as grids
 from megapre.parallel.grid import Grid
 from megapre.parallel.pipeline.schedules import stage_owners
@@ -42,8 +42,10 @@ def connected(config: Config, ranks: Ranks) -> Iterator[tuple[Grid, torch.device
 def build_grid(config: Config, device: torch.device, host: str = "gloo") -> Grid:
     """The job's grid over the default process group; ``host`` is the backend of the axis over CPU memory."""
     owners = stage_owners(config.parallel)
-    tied = (owners[0], owners[-1]) if config.model.tied_embeddings else None
-    copies = kv_copies(config.model, config.parallel.tensor)
+    stages = spec.stages(config.model, len(owners), config.parallel.layers_per_stage)
+    home = {layer: owner for layers, owner in zip(stages, owners) for layer in layers}
+    tied = {layers: tuple(sorted({home[layer] for layer in layers})) for layers in spec.shared(config.model)}
+    copies = spec.kv_copies(config.model, config.parallel.tensor)
     experts = config.model.experts > 0
     return grids.build(config.parallel, device, kv_copies=copies, tied=tied, experts=experts, host=host)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from megapre.parallel.comm import Axis, Work
-from megapre.parallel.grid import AXES, Grid
+from megapre.parallel.grid import Grid
 from megapre.resilience.pulse import Pulse
 
 
@@ -15,7 +13,7 @@ def recorded(grid: Grid, pulse: Pulse) -> Grid:
     """``grid`` with every axis telling its operations; the grid itself where nobody watches."""
     if not pulse.watched:
         return grid
-    return replace(grid, **{name: RecordedAxis(getattr(grid, name), pulse) for name in AXES})
+    return grid.mapped(lambda axis: RecordedAxis(axis, pulse))
 
 
 class RecordedAxis(Axis):

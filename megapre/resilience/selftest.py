@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from megapre.parallel.grid import AXES, Grid
+from megapre.parallel.grid import Grid
 
 SIZE = 256
 
@@ -48,8 +48,7 @@ def _arithmetic(device: torch.device, dtype: torch.dtype) -> str:
 
 def _collectives(grid: Grid, device: torch.device) -> Iterator[str]:
     """Sum and gather of integers on every axis; what is wrong with each, empty when nothing is."""
-    for name in AXES:
-        axis = getattr(grid, name)
+    for name, axis in grid.axes().items():
         if axis.size == 1:
             continue
         place = torch.device("cpu") if name == "host" else device

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megapre.parallel.comm import Axis, Work
-from megapre.parallel.grid import AXES, Grid
+from megapre.parallel.grid import Grid
 from megapre.parallel.layout import Bucket
 
 PATIENCE = 60.0
@@ -279,16 +278,14 @@ INSTRUMENTS: dict[str, Callable[[Axis, int], Axis]] = {
 
 def instrumented(grid: Grid, name: str, seed: int = 0) -> Grid:
     """``grid`` with every axis replaced by the instrument called ``name``; two names of one axis share one."""
-    made = {id(getattr(grid, axis)): INSTRUMENTS[name](getattr(grid, axis), seed) for axis in reversed(AXES)}
-    return replace(grid, **{axis: made[id(getattr(grid, axis))] for axis in AXES})
+    return grid.mapped(lambda axis: INSTRUMENTS[name](axis, seed))
 
 
 def flipped(grid: Grid, flip: Callable[[str, int, int], tuple[int, int] | None]) -> Grid:
     """``grid`` with every axis of more than one rank flipping the bits that ``flip`` picks, by axis/operation."""
-    axes = {name: getattr(grid, name) for name in AXES}
-    return replace(grid, **{name: FlippingAxis(axis, flip) if axis.size > 1 else axis for name, axis in axes.items()})
+    return grid.mapped(lambda axis: FlippingAxis(axis, flip) if axis.size > 1 else axis)
 
 
 def counted(grid: Grid, counts: dict[str, int]) -> Grid:
     """``grid`` with every axis counting into ``counts`` under ``axis/operation``."""
-    return replace(grid, **{axis: CountingAxis(getattr(grid, axis), counts) for axis in AXES})
+    return grid.mapped(lambda axis: CountingAxis(axis, counts))

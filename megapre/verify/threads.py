@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megapre.config.schema import Config
 from megapre.parallel.comm import Axis, Together, Work
-from megapre.parallel.grid import AXES, Grid
+from megapre.parallel.grid import Grid
 from megapre.resilience.connect import build_grid
 
 PATIENCE = 60.0
@@ -222,12 +222,13 @@ def _grid(config: Config, rank: int, world: int, hall: Hall) -> Grid:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         grid = build_grid(config, torch.device("cpu"), host="fake")
-        made: dict[int, Axis] = {}  # one axis may have two names
-        for name in AXES:
-            axis = getattr(grid, name)
-            if axis.size > 1 and id(axis) not in made:
-                made[id(axis)] = ThreadAxis(axis, tuple(dist.get_process_group_ranks(axis.group)), hall)
-        return replace(grid, **{name: made.get(id(getattr(grid, name)), getattr(grid, name)) for name in AXES})
+
+        def threaded(axis: Axis) -> Axis:
+            if axis.size == 1:
+                return axis
+            return ThreadAxis(axis, tuple(dist.get_process_group_ranks(axis.group)), hall)
+
+        return grid.mapped(threaded)
     finally:
         dist.destroy_process_group()
 

@@ -56,7 +56,7 @@ MUTANTS = (
     Mutant(
         "tied-gradients-not-exchanged",
         "megapre/parallel/zero.py",
-        "self._sums[index].append(self._grid.tied.all_reduce(whole))",
+        "self._sums[index] = [self._grid.tied[self._buckets[index].tied].all_reduce(self.rooms[index].tensor)]",
         "pass",
         f"{LAYOUTS}[gpt-1x2x2+zero1]",
         "Megatron-LM #844: embedding gradients of first and last stage differ",
@@ -234,8 +234,8 @@ MUTANTS = (
     Mutant(
         "zero3-tied-gradients-not-exchanged",
         "megapre/parallel/zero.py",
-        "self._sums += [self._grid.tied.all_reduce(shard)] if bucket.tied else []",
-        "pass",
+        "[self._grid.tied[self._buckets[index].tied].all_reduce(self.shards[index]) for index in tied]",
+        "[]",
         f"{ZERO}[gpt-1x2x2+zero3-delay]",
         "embedding gradients of first and last stage differ, sharded",
     ),
@@ -338,8 +338,8 @@ MUTANTS = (
     Mutant(
         "tied-bucket-reduced-twice",
         "megapre/parallel/zero.py",
-        "[self._reduce(index) for index, bucket in enumerate(self._buckets) if bucket.tied]",
-        "[self._reduce(index) for index, bucket in enumerate(self._buckets) for _ in range(2) if bucket.tied]",
+        "[self._reduce(index) for index in tied]",
+        "[self._reduce(index) for index in tied for _ in range(2)]",
         f"{LAYOUTS}[bert-1x2x2]",
         "torchtitan PR #3174: the tied parameter's gradient counted twice",
     ),

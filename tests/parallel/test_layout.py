@@ -55,7 +55,7 @@ def test_layouts_of_all_ranks_tile_every_tensor_once(index: int) -> None:
                 parts = [bucket.shard(r, sizes["replicas"]) for r in range(sizes["replicas"])]
                 assert parts[0].start == 0 and parts[-1].stop == bucket.size
                 assert all((part.stop - part.start) % ALIGNMENT == 0 for part in parts)
-                assert len(bucket.slots) == 1 or not bucket.tied
+                assert not bucket.tied or all(slot.spec.layers == bucket.tied for slot in bucket.slots)
     assert seen == {s.name: prod(s.shape) for s in specs}, f"{SEED=} {index=}"
 
 

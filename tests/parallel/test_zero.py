@@ -18,7 +18,7 @@ from megapre.data.loader import Counts
 from megapre.models.spec import tensors
 from megapre.parallel.buckets import Buffers
 from megapre.parallel.comm import Axis, Work
-from megapre.parallel.grid import AXES, single
+from megapre.parallel.grid import single
 from megapre.parallel.offload import Host
 from megapre.parallel.zero import Room
 from megapre.resilience.connect import connected
@@ -142,7 +142,7 @@ def diary(ranks: Ranks, config: Config, vocab_size: int) -> tuple[list[str], dic
     """One rank's events of two steps, sizes of its layers' buckets, and its place on the axes."""
     lines: list[str] = []
     with connected(config, ranks) as (grid, device):
-        written = replace(grid, **{name: Diary(getattr(grid, name), lines) for name in AXES})
+        written = grid.mapped(lambda axis: Diary(axis, lines))
         engine = build(config, written, device, vocab_size)
         for stage in engine.model.stages.values():
             for number, layer in zip(stage.numbers, stage.layers):
