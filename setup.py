@@ -29,6 +29,7 @@ KERNELS = {
     "kernels.cpp": ["-ffp-contract=fast"],
     "philox.cpp": ["-ffp-contract=off"],
     "attention.cpp": ["-ffp-contract=fast"],
+    "moe.cpp": ["-ffp-contract=fast"],
 }
 VARIANTS = {
     "portable": [],
@@ -37,7 +38,7 @@ VARIANTS = {
         "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512",
     ],
 }  # fmt: skip
-# AMX: tiles of bf16, for the products of attention alone.
+# AMX: tiles of bf16, for products.
 VARIANTS["amx"] = [*VARIANTS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 Job = tuple[list[str], Path, Path]
 """Command without its output, source, object."""
@@ -54,7 +55,7 @@ def cpp_jobs(objects: Path) -> tuple[list[Job], list[str]]:
     jobs: list[Job] = []
     for source, extra in KERNELS.items():
         for variant, flags in VARIANTS.items():
-            if variant == "amx" and source != "attention.cpp":
+            if variant == "amx" and source not in ("attention.cpp", "moe.cpp"):
                 continue
             if variant == "portable" or x86:
                 command = [*compiler, *FLAGS, *MATH, *extra, *flags, f"-DMEGAPRE_VARIANT={variant}"]

@@ -216,6 +216,84 @@ def _copy(to: Tensor, source: Tensor) -> None:
         to.copy_(source)
 
 
+def _experts(experts: int, rows: int, outs: int = 1024, ins: int = 512, dtype: torch.dtype = BF16) -> Case:
+    """y = x W^T of each expert, dx, and main += dW; eager: a loop of torch's products, dW rounded before the sum."""
+    sizes, main = [rows] * experts, torch.zeros(experts, outs, ins)
+    x, dy = draw(experts * rows, ins, dtype=dtype), draw(experts * rows, outs, seed=1, dtype=dtype)
+    weight = draw(experts, outs, ins, seed=2, dtype=dtype)
+
+    def run(ops: registry.Kernels, x: Tensor, dy: Tensor, weight: Tensor, main: Tensor) -> list[Tensor]:
+        y = ops.grouped_mm(x, weight, sizes)
+        dx = ops.grouped_mm(dy, weight.transpose(1, 2), sizes)
+        ops.grouped_dw_(main, dy, x, sizes)
+        return [y, dx, main]
+
+    def loop(x: Tensor, dy: Tensor, weight: Tensor, main: Tensor) -> list[Tensor]:
+        pieces = [(a, b, w) for a, b, w in zip(x.split(sizes), dy.split(sizes), weight)]
+        y, dx = torch.cat([a @ w.t() for a, _, w in pieces]), torch.cat([b @ w for _, b, w in pieces])
+        return [y, dx, main.add_(torch.stack([b.t() @ a for a, b, _ in pieces]))]
+
+    compiled = torch.compile(loop, dynamic=False)
+    arms = {
+        "megapre": lambda: run(OURS, x, dy, weight, main),
+        "eager": lambda: loop(x, dy, weight, main),
+        "compile": lambda: compiled(x, dy, weight, main),
+    }
+    wide = [t.double() for t in (x, dy, weight)]
+    kind = "bf16" if dtype == BF16 else "fp32"
+    return Case(
+        f"{experts} experts x {rows} rows, W [{outs}, {ins}] {kind}", arms,
+        lambda: run(EXACT, *wide, torch.zeros(main.shape, dtype=torch.float64)), restore=lambda: _zero(main),
+    )  # fmt: skip
+
+
+def experts_many() -> Case:
+    return _experts(64, 16, 512, 512)
+
+
+def experts_some() -> Case:
+    return _experts(16, 64)
+
+
+def experts_few() -> Case:
+    return _experts(8, 256)
+
+
+def _routes(tokens: int, experts: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    scores = draw(tokens, experts, dtype=torch.float32)
+    ids = scores.topk(k).indices.flatten()
+    order = torch.sort(ids, stable=True).indices
+    return scores, order // k, torch.argsort(order).view(tokens, k)
+
+
+def permute_unpermute() -> Case:
+    """Rows to their experts and back with weights, both ways; eager: index_select and a sum over choices."""
+    tokens, width, k = 2048, 1024, 2
+    _, source, rows = _routes(tokens, 16, k)
+
+    def eager(x: Tensor, weights: Tensor) -> Tensor:
+        y = x.index_select(0, source)
+        found = y.index_select(0, rows.flatten()).view(tokens, k, width)
+        return (weights.unsqueeze(2) * found).sum(1).to(x.dtype)
+
+    return differentiable(
+        f"[{tokens}, {width}] bf16, {k} choices", [draw(tokens, width), draw(tokens, k, seed=1, dtype=torch.float32)],
+        lambda x, w: OURS.unpermute(OURS.permute(x, source, rows), w, source, rows), eager,
+    )  # fmt: skip
+
+
+def top_k() -> Case:
+    """Eager: torch.topk, which leaves the order of equal scores open."""
+    scores = _routes(4096, 128, 8)[0]
+    compiled = torch.compile(lambda x: torch.topk(x, 8).indices, dynamic=False)
+    arms = {
+        "megapre": lambda: [OURS.top_k(scores, 8)],
+        "eager": lambda: [torch.topk(scores, 8).indices],
+        "compile": lambda: [compiled(scores)],
+    }
+    return Case("8 of [4096, 128] fp32", arms, lambda: [EXACT.top_k(scores.double(), 8)])
+
+
 def _attention(length: int, heads: int, dtype: torch.dtype = BF16, d: int = 64, groups: int = 0) -> Case:
     """Causal attention against torch's scaled_dot_product_attention in the same layout, [seq, batch, heads, d]."""
     groups = groups or heads
@@ -375,6 +453,7 @@ CASES: dict[str, Callable[[], Case]] = {
     for case in (
         rms_norm, layer_norm, add_rms_norm, rope_half, rope_interleaved, swiglu, geglu, bias_gelu,
         bias_dropout_residual, attention_256, attention_1024, attention_4096, attention_grouped, attention_1024_fp32,
+        experts_many, experts_some, experts_few, permute_unpermute, top_k,
         cross_entropy, linear_cross_entropy, linear_cross_entropy_narrow, adamw, square_sum,
     )
 }  # fmt: skip

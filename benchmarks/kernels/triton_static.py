@@ -62,6 +62,8 @@ class Row:
     """Instructions of each loop, in the order of the code."""
     products: int
     """Tensor-core instructions (HMMA, HGMMA)."""
+    hopper: int
+    """HGMMA among them."""
     copies: int
     """Asynchronous copies to shared memory (LDGSTS)."""
     local_in_loops: int
@@ -118,7 +120,7 @@ def cases() -> list[Case]:
     norms = [*_norms("RMSNorm", "rms_norm", False), *_norms("LayerNorm", "layer_norm", True)]
     rotations = [_rotation(*shape, mixed) for shape in ((32, 8, 128), (16, 16, 64)) for mixed in (False, True)]
     rest = [*_losses(32000), *_losses(50304), *rotations, *_activations(), *_dropouts(), *_flat()]
-    return [*norms, *rest, *_attention(64)]
+    return [*norms, *rest, *_attention(64), *_experts()]
 
 
 def _norms(kind: str, peer: str, layer: bool) -> list[Case]:
@@ -218,6 +220,26 @@ def _attention(width: int) -> list[Case]:
     ]
 
 
+def _experts() -> list[Case]:
+    """Mixture of experts, width 4096; an element of a product is one of C times a step of 64 along the sum."""
+    from megapre.kernels.triton import moe
+
+    x, y, up = zeros(8, 4096, dtype=HALF), zeros(16, 4096, dtype=HALF), zeros(16, 1024, dtype=HALF)
+    scores, weights, rows = zeros(64, 128), zeros(8, 2), zeros(8, 2, dtype=torch.int64)
+    weight, main, source = zeros(2, 1024, 4096, dtype=HALF), zeros(2, 1024, 4096), zeros(16, dtype=torch.int64)
+    return [
+        Case("experts, top 8 of 128", NONE, 1024, True, 0, lambda: moe.top_k_triton(scores, 8)),
+        Case("experts, permute", NONE, 1024, False, 4, lambda: moe._gather_triton(x, source)),
+        Case("experts, unpermute", NONE, 1024, True, 2, lambda: moe._combine_triton(y, weights, rows)),
+        Case("experts, unpermute backward", NONE, 1024, True, 6,
+             lambda: moe._spread_triton(x, y, weights, source, rows)),
+        Case("experts, x W", NONE, 128 * 128, True, 0, lambda: moe.grouped_mm_triton(y, weight, [9, 7])),
+        Case("experts, dy W^T", NONE, 128 * 128, True, 0,
+             lambda: moe.grouped_mm_triton(up, weight.transpose(1, 2), [9, 7])),
+        Case("experts, dW", NONE, 128 * 128, True, 0, lambda: moe.grouped_dw_triton_(main, up, y, [9, 7])),
+    ]  # fmt: skip
+
+
 def _flat() -> list[Case]:
     from megapre.kernels.triton import launch, optimizer
 
@@ -296,7 +318,8 @@ def measure(case: str, kernel: str, arch: int, compiled, elements: int, looped: 
     return Row(
         case, kernel, arch, compiled.metadata.num_warps, registers, spills, compiled.metadata.shared, per_sm, len(code),
         round(counted * threads / elements, 1), round(16 * wide * threads / elements, 1),
-        names["LDL"] + names["STL"], [len(body) for body in bodies], names["HMMA"] + names["HGMMA"], names["LDGSTS"],
+        names["LDL"] + names["STL"], [len(body) for body in bodies], names["HMMA"] + names["HGMMA"], names["HGMMA"],
+        names["LDGSTS"],
         sum(code[i][1].startswith(("LDL", "STL")) for i in inner),
     )  # fmt: skip
 

@@ -10,16 +10,6 @@
 namespace megapre {
 namespace MEGAPRE_VARIANT {
 
-struct Memory {
-  char* at;
-  template <class T>
-  T* take(int64_t count) {
-    T* found = (T*)at;
-    at += round_up(count * sizeof(T), 64);
-    return found;
-  }
-};
-
 // --- forward --------------------------------------------------------------------------------------------------------
 
 template <class E>
@@ -192,7 +182,7 @@ struct Backward {
         copy_rows(rows, wide, (const T*)x.at + b * x.batch + head * x.head + at.first * x.row, x.row, at.count, Q, p.width);
         Cell *down = (which ? grad_down : q_down) + block * Q * wide, *along = (which ? grad_along : q_along) + block * Q * wide;
         transpose((const uint32_t*)rows, wide / E::PACK, (uint32_t*)down, Q, Q, wide / E::PACK);
-        pair_rows(rows, along, Q, wide);
+        pair_rows(rows, wide, along, Q, wide);
       }
       for (int64_t i = 0; i < Q; i++) {
         const int64_t at_row = (b * p.heads + head) * p.s + at.first + i, to = block * Q + i;

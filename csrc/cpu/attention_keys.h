@@ -1,16 +1,13 @@
 // Keys and values of one (sample, key head), packed once for all of its queries.
 #pragma once
 #include "attention.h"
-#include "attention_engine.h"
+#include "products.h"
 
 namespace megapre {
 namespace MEGAPRE_VARIANT {
 
 constexpr int64_t STRIP = 32;  // keys that a mask is judged for at once
 constexpr int32_t NOBODY = INT32_MIN, EVERYTHING = INT32_MAX;
-
-INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Order and document of a range of keys or queries.
 struct Span {
@@ -52,14 +49,6 @@ struct Packed {
   }
   Cell* form(int64_t block, int64_t which) const { return cells + (block * FORMS + which) * KEYS * wide; }
 };
-
-// x [rows, wide] to its transpose as rows of A, [wide, rows]; `words` is scratch of the same size.
-template <class E>
-static void transpose_rows(const typename E::Cell* x, typename E::Cell* out, typename E::Cell* words, int64_t rows,
-                           int64_t wide) {
-  pair_rows(x, words, rows, wide);
-  transpose((const uint32_t*)words, wide, (uint32_t*)out, rows / E::PACK, rows / E::PACK, wide);
-}
 
 template <class E, class T, bool BACKWARD>
 static void pack_block(const AttentionProblem& p, Rows k, Rows v, int64_t b, int64_t group, int64_t block, void* memory,

@@ -5,6 +5,14 @@
 
 #include <cstdlib>
 
+#ifdef MEGAPRE_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace megapre {
 namespace {
 
@@ -22,11 +30,30 @@ Variant pick() {
   return {"portable", &portable::kernels, &portable::random};
 }
 
+bool find_tiles() {
+#if defined(MEGAPRE_X86) && defined(__linux__)
+  const std::string asked = std::getenv("MEGAPRE_CPU") ? std::getenv("MEGAPRE_CPU") : "";
+  unsigned a, b, c, d;
+  if (std::string(variant().name) != "avx512" || asked == "avx512") return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 const Variant& variant() {
   static const Variant chosen = pick();
   return chosen;
+}
+
+bool has_tiles() {
+  static const bool found = find_tiles();
+  return found;
 }
 
 namespace {

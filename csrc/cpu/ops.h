@@ -26,8 +26,11 @@ struct Variant {
 
 const Variant& variant();
 
-// The attention kernels of this machine, by Type: as `variant`, or AMX tiles where the processor and the kernel of the
-// operating system have them.
+// Whether products of bf16 are AMX tiles': the variant is AVX-512, not by MEGAPRE_CPU, and the processor and the kernel
+// of the operating system have them.
+bool has_tiles();
+
+// The attention kernels of this machine, by Type: as `variant`, or AMX tiles.
 const AttentionKernels* attention_kernels();
 
 inline Type type_of(const Tensor& x) {

@@ -4,38 +4,16 @@
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
-#include <cstdlib>
 
 #include "ops.h"
-
-#ifdef MEGAPRE_X86
-#include <cpuid.h>
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#endif
 
 namespace megapre {
 namespace {
 
-// Whether the processor has AMX for bf16 and AVX-512 conversions, and the operating system lets us use the tiles.
-bool has_tiles() {
-#if defined(MEGAPRE_X86) && defined(__linux__)
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;
-  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18;
-  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
-#else
-  return false;
-#endif
-}
-
 const AttentionKernels* pick() {
 #ifdef MEGAPRE_X86
-  const std::string name = variant().name, asked = std::getenv("MEGAPRE_CPU") ? std::getenv("MEGAPRE_CPU") : "";
-  if (name == "avx512" && asked != "avx512" && has_tiles()) return amx::attention;
+  const std::string name = variant().name;
+  if (has_tiles()) return amx::attention;
   if (name == "avx512") return avx512::attention;
   if (name == "avx2") return avx2::attention;
 #endif

@@ -34,7 +34,8 @@ struct bf16 {
   uint16_t bits;
 };
 
-INLINE Floats all(float x) { return Floats{} + x; }
+// x - 0 is x, so this is one broadcast from memory; 0 + x, which turns -0 into 0, would be an addition and a shuffle.
+INLINE Floats all(float x) { return x - Floats{}; }
 
 INLINE Floats load(const float* p) {
   Floats v;

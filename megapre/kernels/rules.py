@@ -6,7 +6,7 @@ types alone: they read no value, so nothing waits for a device, and they vanish 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -178,6 +178,51 @@ def adamw_(
     return f"master, gradient and averages must all be fp32 or all fp64, not {[_kind(t.dtype) for t in tensors]}"
 
 
+def top_k(scores: Tensor, k: int) -> str:
+    """scores [..., experts], 0 < k <= experts."""
+    experts = scores.shape[-1] if scores.dim() else 0
+    return "" if 0 < k <= experts else f"{k} choices cannot be made among {experts} experts"
+
+
+def permute(x: Tensor, source: Tensor, rows: Tensor) -> str:
+    """x [n, h], source int64 [N], rows int64 [n, k]."""
+    if x.dim() != 2 or rows.dim() != 2 or rows.dtype != torch.int64 or rows.shape[0] != x.shape[0]:
+        found = f"{_kind(rows.dtype)} {list(rows.shape)}"
+        return f"rows must be int64 [tokens, choices] of the input {list(x.shape)}, not {found}"
+    return _integers("source", source, source.numel())
+
+
+def unpermute(y: Tensor, weights: Tensor, source: Tensor, rows: Tensor) -> str:
+    """y [N, h], weights [n, k], source int64 [N], rows int64 [n, k]."""
+    if y.dim() != 2 or rows.dim() != 2 or rows.dtype != torch.int64:
+        return f"rows must be int64 [tokens, choices], not {_kind(rows.dtype)} {list(rows.shape)}"
+    return _integers("source", source, y.shape[0]) or _wants("weights", weights, list(rows.shape))
+
+
+def grouped_mm(x: Tensor, weight: Tensor, sizes: Sequence[int]) -> str:
+    """x [N, in] and weight [experts, out, in] of one type, sizes of the experts' rows."""
+    if x.dim() != 2 or weight.dim() != 3 or weight.shape[2] != x.shape[1] or weight.dtype != x.dtype:
+        return (
+            f"input [rows, in] and weight [experts, out, in] of one type are needed, not {_kind(x.dtype)} "
+            f"{list(x.shape)} and {_kind(weight.dtype)} {list(weight.shape)}"
+        )
+    return _cut(sizes, weight.shape[0], x.shape[0])
+
+
+def grouped_dw_(main: Tensor, dy: Tensor, x: Tensor, sizes: Sequence[int]) -> str:
+    """main [experts, out, in] (fp32, or fp64), dy [N, out] and x [N, in] of one type."""
+    fits = dy.dim() == x.dim() == 2 and dy.shape[0] == x.shape[0] and dy.dtype == x.dtype
+    if not fits or main.dim() != 3 or list(main.shape[1:]) != [dy.shape[1], x.shape[1]]:
+        shapes = " and ".join(f"{_kind(t.dtype)} {list(t.shape)}" for t in (dy, x))
+        return f"dy [rows, out] and x [rows, in] of one type must fit main {list(main.shape)}, not {shapes}"
+    return _cut(sizes, main.shape[0], x.shape[0])
+
+
+def _cut(sizes: Sequence[int], experts: int, rows: int) -> str:
+    fits = len(sizes) == experts and sum(sizes) == rows and min(sizes, default=0) >= 0
+    return "" if fits else f"{len(sizes)} sizes, {sum(sizes)} in all, do not cut {rows} rows for {experts} experts"
+
+
 RULES: dict[str, Callable[..., str]] = {
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
@@ -194,6 +239,11 @@ RULES: dict[str, Callable[..., str]] = {
     "dropout": dropout,
     "bias_dropout_residual": bias_dropout_residual,
     "weight_gradient_": weight_gradient_,
+    "top_k": top_k,
+    "permute": permute,
+    "unpermute": unpermute,
+    "grouped_mm": grouped_mm,
+    "grouped_dw_": grouped_dw_,
     "adamw_": adamw_,
 }
 """Ops without a row take any shape (``gelu``, ``square_sum``) or check themselves (``attention``)."""

@@ -109,6 +109,22 @@ def _attention_backward(
     return (*(x.new_empty(x.shape, dtype=dtype) for x in (q, k, v)), dbias)
 
 
+def _top_k(scores: Tensor, k: int) -> Tensor:
+    return scores.new_empty((scores.shape[0], k), dtype=torch.int64)
+
+
+def _combine(y: Tensor, weights: Tensor | None, rows: Tensor) -> Tensor:
+    return y.new_empty((rows.shape[0], y.shape[1]))
+
+
+def _spread(grad: Tensor, y: Tensor, weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(y), y.new_empty(rows.shape, dtype=torch.float32)
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[1]))
+
+
 FAKES: dict[str, Callable[..., object]] = {
     "philox_normal_": _fill,
     "keep_mask": _keep_mask,
@@ -137,5 +153,10 @@ FAKES: dict[str, Callable[..., object]] = {
     "cross_entropy_gradient_": _fill,
     "attention_forward": _attention_forward,
     "attention_backward": _attention_backward,
+    "moe_top_k": _top_k,
+    "moe_combine": _combine,
+    "moe_spread": _spread,
+    "grouped_mm": _grouped_mm,
+    "grouped_dw_": _fill,
 }
 """Shapes and dtypes of every op of the library, for fake tensors and torch.compile."""

@@ -34,6 +34,12 @@ def logits(t: torch.dtype, wide: torch.dtype) -> list[Any]:
     return [draw(ROWS, WIDTH, dtype=t), torch.arange(ROWS), lse, scale, 13]
 
 
+def routes() -> list[Tensor]:
+    """Of two choices a token, one of which is dropped."""
+    rows = torch.tensor([[0, 1], [2, 9], [3, 4], [8, 7], [5, 6]])
+    return [torch.tensor([0, 0, 1, 2, 2, 4, 4, 3, 3]), rows]
+
+
 CALLS: dict[str, Callable[[torch.dtype, torch.dtype], Call]] = {
     "rms_norm": lambda t, w: ([draw(ROWS, WIDTH, dtype=t), draw(WIDTH, dtype=t), 1e-5], {}),
     "layer_norm": lambda t, w: ([draw(ROWS, WIDTH, dtype=t), draw(WIDTH, dtype=t), draw(WIDTH, dtype=t), 1e-5], {}),
@@ -67,6 +73,13 @@ CALLS: dict[str, Callable[[torch.dtype, torch.dtype], Call]] = {
         dict(lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=torch.tensor(1.0)),
     ),
     "square_sum": lambda t, w: ([draw(WIDTH, dtype=t)], {}),
+    "top_k": lambda t, w: ([draw(ROWS, WIDTH, dtype=t), 3], {}),
+    "permute": lambda t, w: ([draw(ROWS, WIDTH, dtype=t), *routes()], {}),
+    "unpermute": lambda t, w: ([draw(9, WIDTH, dtype=t), draw(ROWS, 2, dtype=w), *routes()], {}),
+    "grouped_mm": lambda t, w: ([draw(ROWS, WIDTH, dtype=t), draw(3, 7, WIDTH, dtype=t), [2, 0, 3]], {}),
+    "grouped_dw_": lambda t, w: (
+        [torch.zeros(3, 7, WIDTH, dtype=w), draw(ROWS, 7, dtype=t), draw(ROWS, WIDTH, dtype=t), [2, 0, 3]], {}
+    ),
 }  # fmt: skip
 
 
@@ -114,7 +127,7 @@ def test_types(op):
         chosen(*wrong[0], **wrong[1])
 
 
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", [op for op in CALLS if op != "permute"])  # any number of rows and choices will do
 def test_shapes(op):
     """One element too many in any tensor but the first, or a dimension too many."""
     call = CALLS[op](torch.float32, torch.float32)
@@ -125,9 +138,10 @@ def test_shapes(op):
                 getattr(ops(), op)(*wrong[0], **wrong[1])
 
 
-@pytest.mark.parametrize("op", [op for op in CALLS if op not in ("gelu", "gelu_exact", "relu", "square_sum")])
+@pytest.mark.parametrize("op", [op for op in CALLS if op not in ("gelu", "gelu_exact", "relu", "square_sum", "top_k")])
 def test_first_shape(op):
-    wider = op not in ("ce_statistics", "ce_gradient_", "dropout")  # which take any width
+    any_width = ("ce_statistics", "ce_gradient_", "dropout", "permute", "unpermute")
+    wider = op not in any_width
     change = (lambda x: torch.cat((x, x[..., :1]), -1)) if wider else (lambda x: x.unsqueeze(0))
     call = changed(CALLS[op](torch.float32, torch.float32), 0, change)
     with pytest.raises(ValueError, match=rf"^{op} cannot do this call: .*\(versions tried: "):
@@ -165,7 +179,7 @@ def test_strides(op):
 
 def test_a_run_says_what_it_uses_and_what_is_broken(monkeypatch):
     lines = registry.report(ops(), CPU)
-    assert len(lines) == 1 and "cpp: layer_norm, rms_norm" in lines[0] and "reference: top_k" in lines[0]
+    assert len(lines) == 1 and "cpp: layer_norm, rms_norm" in lines[0] and "grouped_mm" in lines[0]
     monkeypatch.setattr(native, "load", lambda: "is not built")
     first, second = registry.report(ops(), CPU)
     assert "cpp" not in first and second.startswith("kernels: no cpp version of layer_norm, rms_norm")

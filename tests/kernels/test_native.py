@@ -43,6 +43,11 @@ def cases():
         "philox_normal_": (torch.empty(3, 2), [1, 2, 3, 4], [6, 4], [1, 1]),
         "keep_mask": (5, 1, [7, 8], positions, samples, 3, 11, 0.25),
         "dropout": (torch.randn(6, 2, 9), 5, 1, 7, positions, samples, 0.25),
+        "moe_top_k": (torch.randn(4, 6), 2),
+        "moe_combine": (torch.randn(5, 6), torch.rand(3, 2), torch.tensor([[0, 1], [5, 2], [3, 4]])),
+        "moe_spread": (torch.randn(3, 6), torch.randn(5, 6), torch.rand(3, 2), torch.tensor([[0, 1], [5, 2], [3, 4]])),
+        "grouped_mm": (x, torch.randn(2, 7, 10), [2, 4]),
+        "grouped_dw_": (torch.zeros(2, 7, 10), torch.randn(6, 7), x, [2, 4]),
         "attention_forward": (q, k, k, *asked),
         "attention_backward": (q, q, k, k, torch.rand(2, 4, 5), torch.rand(2, 4, 5), *asked),
     }, ops
@@ -72,6 +77,12 @@ def test_bad_shapes_are_refused():
         lambda: ops.rope([torch.randn(3, 4, 2, 6)], torch.rand(3, 4, 2), torch.rand(3, 4, 2), False, False),
         lambda: ops.accumulate_(torch.randn(4, 4), torch.randn(4, 3)),
         lambda: ops.square_sum(torch.randn(4, 4).t()),
+        lambda: ops.moe_top_k(torch.randn(3, 4), 5),
+        lambda: ops.moe_combine(torch.randn(3, 4), torch.rand(2, 1), torch.zeros(3, 1, dtype=torch.int64)),
+        lambda: ops.moe_spread(torch.randn(2, 4), torch.randn(3, 5), torch.rand(2, 1), torch.zeros(2, 1).long()),
+        lambda: ops.grouped_mm(torch.randn(6, 4), torch.randn(2, 3, 4), [2, 3]),
+        lambda: ops.grouped_mm(torch.randn(6, 4), torch.randn(2, 3, 4), [-1, 7]),
+        lambda: ops.grouped_dw_(torch.zeros(2, 3, 4).bfloat16(), torch.randn(6, 3), torch.randn(6, 4), [2, 4]),
     ):
         with pytest.raises(ValueError):
             call()

@@ -1,13 +1,27 @@
 // Products of packed blocks, the one thing that differs between machines: fp32 registers, or AMX tiles of bf16.
 //
-// Every product of attention is C [m, n] (+)= A [m, k] B [k, n] with C in fp32, because scores are kept transposed
-// (keys x queries): a softmax then runs along registers, and weights leave it in the order in which the next product
-// wants them. A lies in rows; B in rows too, PACK elements of k beside each other in a word of 32 bits.
+// Every product of attention and of experts is C [m, n] (+)= A [m, k] B [k, n] with C in fp32. Attention keeps its
+// scores transposed (keys x queries): a softmax then runs along registers, and weights leave it in the order in which
+// the next product wants them. A lies in rows; B in rows too, PACK elements of k beside each other in a word of 32 bits.
 #pragma once
 #include "simd.h"
 
 namespace megapre {
 namespace MEGAPRE_VARIANT {
+
+INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Pieces of scratch, one after the other.
+struct Memory {
+  char* at;
+  template <class T>
+  T* take(int64_t count) {
+    T* found = (T*)at;
+    at += round_up(count * sizeof(T), 64);
+    return found;
+  }
+};
 
 // m and n: multiples of 32; lda in elements, ldb in words, ldc in floats.
 struct Plain {
@@ -199,20 +213,28 @@ static void copy_rows(Cell* to, int64_t wide, const T* x, int64_t stride, int64_
   if (padded > count) memset(to + count * wide, 0, (padded - count) * wide * sizeof(Cell));
 }
 
-// Rows as words of B with k along the rows: PACK rows beside each other.
-INLINE void pair_rows(const float* rows, float* words, int64_t count, int64_t wide) {
-  memcpy(words, rows, count * wide * sizeof(float));
+// Rows, `ld` apart, as words of B with k along the rows: PACK rows beside each other.
+INLINE void pair_rows(const float* rows, int64_t ld, float* words, int64_t count, int64_t wide) {
+  for (int64_t i = 0; i < count; i++) memcpy(words + i * wide, rows + i * ld, wide * sizeof(float));
 }
-INLINE void pair_rows(const bf16* rows, bf16* words, int64_t count, int64_t wide) {
+INLINE void pair_rows(const bf16* rows, int64_t ld, bf16* words, int64_t count, int64_t wide) {
   uint32_t* to = (uint32_t*)words;
   for (int64_t i = 0; i < count; i += 2)
     for (int64_t l = 0; l < wide; l += LANES) {
       Halves a, b;
-      memcpy(&a, rows + i * wide + l, sizeof a);
-      memcpy(&b, rows + (i + 1) * wide + l, sizeof b);
+      memcpy(&a, rows + i * ld + l, sizeof a);
+      memcpy(&b, rows + (i + 1) * ld + l, sizeof b);
       const Words w = widen(a) | widen(b) << 16;
       memcpy(to + i / 2 * wide + l, &w, sizeof w);
     }
+}
+
+// x [rows, wide] to its transpose as rows of A, [wide, rows]; `words` is scratch of the same size.
+template <class E>
+static void transpose_rows(const typename E::Cell* x, typename E::Cell* out, typename E::Cell* words, int64_t rows,
+                           int64_t wide) {
+  pair_rows(x, wide, words, rows, wide);
+  transpose((const uint32_t*)words, wide, (uint32_t*)out, rows / E::PACK, rows / E::PACK, wide);
 }
 
 }  // namespace MEGAPRE_VARIANT
