@@ -1,4 +1,4 @@
-"""Plan best-fit packing for data.packing = "best-fit": python tools/pack_data.py PREFIX --sequence 4096."""
+"""Plan rows for data.packing = "best-fit" or pairs of sentences: python tools/pack_data.py PREFIX --sequence 4096."""
 
 import argparse
 import sys
@@ -15,14 +15,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("prefix", nargs="+", help="prefixes of pairs")
     parser.add_argument("--sequence", type=int, required=True, help="tokens a row: model.sequence of the job")
+    parser.add_argument("--sentences", action="store_true", help="rows of sentences, for objectives that pair texts")
     parser.add_argument("--split", type=float, nargs="+", default=DataConfig().split, help="data.split of the job")
     args = parser.parse_args(argv)
     try:
         if args.sequence < 1:
             raise ValueError(f"--sequence {args.sequence} must be at least 1.")
         for prefix in args.prefix:
-            made = plan(prefix, args.sequence, args.split)
-            print(f"{prefix}.pack{args.sequence}: rows {made['rows']}, {made['fill']:.2%} of their places filled")
+            made = plan(prefix, args.sequence, args.split, sentences=args.sentences)
+            kind = "sentences" if args.sentences else "pack"
+            print(f"{prefix}.{kind}{args.sequence}: rows {made['rows']}, {made['fill']:.2%} of their places filled")
     except (ValueError, OSError) as error:
         print(f"pack_data: {error}", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ from megapre.tokenizers.documents import BadLine
 from megapre.tokenizers.inputs import expand_inputs
 from megapre.tokenizers.load import load
 from megapre.tokenizers.train import TYPES, fertility, sample_texts, train
+from megapre.tokenizers.vocabulary import SENTINEL
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,6 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--type", choices=TYPES, default="bpe")
     parser.add_argument("--backend", choices=("tokenizers", "sentencepiece"), default="tokenizers")
     parser.add_argument("--vocab-size", type=int, default=32_000, help="ids, the special ones included")
+    parser.add_argument("--special-tokens", nargs="+", default=[], metavar="NAME", help="beside <|endoftext|>, <mask> "
+                        "and <pad>: <cls> <sep> for pairs of sentences, <fim_prefix> <fim_suffix> <fim_middle>")
+    parser.add_argument("--vocab-extra-ids", type=int, default=0, metavar="N", help="also <extra_id_0> to "
+                        "<extra_id_N-1>, the sentinels of span corruption")  # fmt: skip
     parser.add_argument("--output", required=True, help="tokenizer.json, or .model with sentencepiece")
     parser.add_argument("--json-key", default="text", help="key of the text in a JSON line")
     parser.add_argument("--on-bad-line", choices=("skip", "fail"), default="skip")
@@ -51,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             bad=report if args.on_bad_line == "skip" else None,
             sample_bytes=int(args.sample_mb * 1e6),
             seed=args.seed,
+            specials=[*args.special_tokens, *(SENTINEL.format(n) for n in range(args.vocab_extra_ids))],
         )
     except (ValueError, OSError) as error:
         print(f"train_tokenizer: {error}", file=sys.stderr)

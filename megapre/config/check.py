@@ -15,6 +15,7 @@ from megapre.config.ramp import clock
 from megapre.config.rules_experts import EXPERT_RULES
 from megapre.config.rules_layout import LAYOUT_RULES
 from megapre.config.rules_model import MODEL_RULES
+from megapre.config.rules_objectives import OBJECTIVE_RULES
 from megapre.config.rules_ramp import RAMP_RULES
 from megapre.config.schema import Config
 
@@ -98,34 +99,6 @@ def weights_match_paths(config: Config) -> str | None:
         return f"data.weights holds {min(weights):g} but every weight must be greater than 0: drop the path instead"
     if "" in paths:
         return f"data.paths holds an empty path at position {paths.index('')}"
-    return None
-
-
-def objective_fits_architecture(config: Config) -> str | None:
-    """Causal attention learns the next token, full attention learns hidden ones."""
-    architecture, objective = config.model.architecture, config.data.objective
-    wanted = "masked" if architecture == "encoder" else "causal"
-    if objective != wanted:
-        return (
-            f"model.architecture = '{architecture}' needs data.objective = '{wanted}', not '{objective}': change one "
-            f"of them"
-        )
-    return None
-
-
-def masked_objective_hides(config: Config) -> str | None:
-    """What the masked objective needs, and what only the causal one may have."""
-    data, vocab = config.data, config.model.vocab_size
-    if data.mask_token < -1:
-        return f"data.mask_token must be a token id or -1 for the tokenizer's own, not {data.mask_token}"
-    if data.objective != "masked":
-        return None
-    if data.mask_probability == 0:
-        return "data.mask_probability is 0, which leaves data.objective = 'masked' nothing to predict"
-    if vocab and data.mask_token >= vocab:
-        return f"data.mask_token ({data.mask_token}) must be below model.vocab_size ({vocab})"
-    if data.eod_mask_loss:
-        return "data.eod_mask_loss belongs to data.objective = 'causal' but this one is 'masked': set it to false"
     return None
 
 
@@ -214,8 +187,7 @@ RULES = (
     *RAMP_RULES,
     split_sums_to_one,
     weights_match_paths,
-    objective_fits_architecture,
-    masked_objective_hides,
+    *OBJECTIVE_RULES,
     warmup_ends_before_decay,
     schedule_is_described,
     loss_scale_is_exact,

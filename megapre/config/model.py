@@ -26,7 +26,9 @@ class ModelConfig:
     vocab_size: int = 0
     """Number of token ids. 0 means: taken from the tokenizer recorded beside the training data."""
     sequence: int = 128
-    """Tokens per sample."""
+    """Tokens per sample; of an encoder-decoder model, of its decoder."""
+    source_sequence: int = 0
+    """Tokens that the encoder of an encoder-decoder model reads of a sample."""
     norm: str = "layernorm"
     """``layernorm`` (arXiv 1607.06450) or ``rmsnorm`` (arXiv 1910.07467), applied before each sub-layer."""
     norm_eps: float = 1e-5

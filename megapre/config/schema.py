@@ -1,58 +1,15 @@
 """The job file: one dataclass per TOML table, each field with its meaning and unit under it.
 
-[model] is in ``model.py``; ``load.py`` fills these from a file and dotted overrides, ``check.py`` holds the rules that
-span fields. Nothing here imports torch: a bad job is refused before torch is loaded.
+[model] and [data] are in ``model.py`` and ``data.py``; ``load.py`` fills these from a file and dotted overrides,
+``check.py`` holds the rules that span fields. Nothing here imports torch: a bad job is refused before torch is loaded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megapre.config.data import DataConfig as DataConfig
 from megapre.config.model import ModelConfig as ModelConfig
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the tokens come from and in which order they are read."""
-
-    paths: list[str] = field(default_factory=list)
-    """Prefixes of ``.bin``/``.idx`` pairs, e.g. ``data/corpus_text_document``."""
-    weights: list[float] = field(default_factory=list)
-    """Share of samples drawn from each path; empty means one share per training token. With ``stages``: the shares of
-    the first stage, then those of the second, and so on; 0 leaves a path out of a stage."""
-    stages: list[int] = field(default_factory=list)
-    """Samples at which the next stage's weights begin, ascending; empty: one stage."""
-    split: list[float] = field(default_factory=lambda: [0.98, 0.02, 0.0])
-    """Shares of documents (by stored order, each source alone) for training, validation and test."""
-    tokenizer_type: str = "HuggingFaceTokenizer"
-    """``HuggingFaceTokenizer``, ``SentencePieceTokenizer``, ``ByteTokenizer`` or ``NullTokenizer``."""
-    tokenizer_model: str = ""
-    """The tokenizer's file. Empty: none is loaded (``generate`` then needs ``--tokenizer``)."""
-    packing: str = "concatenate"
-    """``concatenate`` (documents back to back, cut every ``model.sequence`` tokens, as GPT) or ``best-fit`` (whole
-    documents in rows, arXiv 2404.10830, from a plan that ``tools/pack_data.py`` made)."""
-    objective: str = "causal"
-    """``causal`` (next token) or ``masked`` (BERT, arXiv 1810.04805)."""
-    mask_probability: float = 0.15
-    """Share of tokens that the masked objective hides."""
-    mask_token: int = -1
-    """Id that hides a token; -1 means the tokenizer's own, else the last id of the vocabulary."""
-    eod_mask_loss: bool = False
-    """Leave predictions made from an end-of-document token out of the loss (causal objective)."""
-    reset_positions: bool = False
-    """Restart positions at every document inside a sample."""
-    reset_attention: bool = False
-    """Keep attention inside a document."""
-    seed: int = 1234
-    """Key of the sample order and of the objectives' randomness."""
-    prefetch: int = 2
-    """Steps read ahead by the loader's thread."""
-    cache_dir: str = ""
-    """Local folder for parts of remote paths (``s3://...``); empty: ``megapre-cache`` among the temporary files."""
-    cache_gib: float = 8.0
-    """Largest size of a rank's part of ``cache_dir``, in GiB."""
-    skip_batches: list[int] = field(default_factory=list)
-    """Numbers of global batches to leave out of the run; batch n holds samples [n G, (n + 1) G) of the order."""
 
 
 @dataclass(frozen=True)

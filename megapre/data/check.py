@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 
+from megapre.config.lengths import window
 from megapre.config.schema import Config
 from megapre.data.blend import round_weights
 from megapre.data.indexed import IndexedDataset
 from megapre.data.order import SampleOrder
 from megapre.data.pack import open_packs
-from megapre.data.samples import make_cache, mask_token, no_sample, sample_weights, split_tokens
+from megapre.data.samples import make_cache, no_sample, sample_weights, split_tokens
+from megapre.data.setting import make_setting
 from megapre.data.sidecar import TokenizerRecord, model_digest, model_files
+from megapre.objectives.table import OBJECTIVES
 from megapre.objectives.table import load as load_objective
 
 PROBED_TOKENS = 1 << 16
@@ -26,8 +29,6 @@ def check_data(config: Config) -> int:
     if not data.paths:
         raise ValueError("data.paths is empty: name at least one .bin/.idx prefix.")
     load_objective(data.objective)
-    if not 0 < data.mask_probability <= 1:
-        raise ValueError(f"data.mask_probability = {data.mask_probability} is not in (0, 1].")
     cache = make_cache(config)
     try:
         return _check(config, [IndexedDataset(path, cache=cache) for path in data.paths])
@@ -37,31 +38,36 @@ def check_data(config: Config) -> int:
 
 
 def _check(config: Config, datasets: list[IndexedDataset]) -> int:
-    data = config.data
-    for dataset in datasets:
-        lo, hi = split_tokens(dataset, data.split)[0]
-        if data.packing == "best-fit":
-            open_packs(dataset, config.model.sequence, data.split, 0)
-            continue
-        SampleOrder(data.seed, 0, lo, hi, config.model.sequence, f"{dataset.prefix} (train)")
-    valid = [split_tokens(dataset, data.split)[1] for dataset in datasets]
-    if config.train.eval_samples > 0 and max(hi - lo for lo, hi in valid) < config.model.sequence + 1:
-        raise no_sample(config, "valid")
-    weights = sample_weights(config, datasets)
-    for stage in weights:
-        used = [i for i, share in enumerate(stage) if share or len(weights) == 1]
-        round_weights([stage[i] for i in used], [data.paths[i] for i in used])
     _check_tokenizer(config, datasets)
     vocab_size = _vocab_size(config, datasets)
     for dataset in datasets:
-        mask_token(config, dataset, vocab_size)
-        record = _record(dataset)
-        if data.objective == "causal" and data.eod_mask_loss and (record is None or record.eod is None):
-            raise ValueError(
-                f"data.eod_mask_loss = true needs the end-of-document id, and {dataset.prefix}.json records none."
-            )
+        make_setting(config, dataset, vocab_size, 0)
         _probe(dataset, vocab_size)
+    _check_lengths(config, datasets)
+    weights = sample_weights(config, datasets)
+    for stage in weights:
+        used = [i for i, share in enumerate(stage) if share or len(weights) == 1]
+        round_weights([stage[i] for i in used], [config.data.paths[i] for i in used])
     return vocab_size
+
+
+def _check_lengths(config: Config, datasets: list[IndexedDataset]) -> None:
+    """Every source has a sample to train on, and one of them a sample to validate on."""
+    data, length, pairs = config.data, window(config), OBJECTIVES[config.data.objective].pairs > 0
+    found = []
+    for dataset in datasets:
+        lo, hi = split_tokens(dataset, data.split)[0]
+        if pairs or data.packing == "best-fit":
+            train, valid = (open_packs(dataset, config.model.sequence, data.split, n, sentences=pairs) for n in (0, 1))
+            if train.count < 2:
+                raise ValueError(f"{dataset.prefix} (train) has {train.count} rows of model.sequence, fewer than 2.")
+            found.append(valid.count >= 2)
+        else:
+            SampleOrder(data.seed, 0, lo, hi, length, f"{dataset.prefix} (train)")
+            lo, hi = split_tokens(dataset, data.split)[1]
+            found.append(hi - lo > length)
+    if config.train.eval_samples > 0 and not any(found):
+        raise no_sample(config, "valid")
 
 
 def _record(dataset: IndexedDataset) -> TokenizerRecord | None:

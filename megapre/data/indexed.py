@@ -129,6 +129,24 @@ class IndexedDataset:
             raise self._damaged(f"sequence {sequence} has {length} tokens at byte {at} and ends at byte {end}")
         return at // size
 
+    def document_at(self, token: int) -> tuple[int, int, int]:
+        """The document that holds ``token``, with its first token and its end."""
+        low, high = 0, self.n_documents
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.document_start(middle) <= token else (low, middle)
+        return low, self.document_start(low), self.document_start(low + 1)
+
+    def sequence_start(self, index: int) -> int:
+        """First token of sequence ``index``."""
+        return int(self._pointers[index]) // self.dtype.itemsize
+
+    def sequence_starts(self, start: int, stop: int) -> np.ndarray:
+        """Tokens in [start, stop) that begin a sequence, int64, ascending; O(log sequences) page touches."""
+        low = bisect_left(range(self.sequences), start, key=self.sequence_start)
+        high = bisect_left(range(self.sequences), stop, lo=low, key=self.sequence_start)
+        return self._pointers[low:high].astype(np.int64) // self.dtype.itemsize
+
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Tokens in [start, stop) that begin a document, int64, ascending; O(log documents) page touches."""
         found = native.document_starts(*self._addresses, self.dtype.itemsize, self.total_tokens, start, stop)

@@ -1,7 +1,9 @@
-"""Best-fit packing: rows of whole documents, planned offline into ``PREFIX.packL`` and the sidecar.
+"""Rows of L tokens that are planned offline into ``PREFIX.packL`` or ``PREFIX.sentencesL`` and the sidecar.
 
-Best-fit decreasing (arXiv 2404.10830): documents, those above L tokens first cut into parts of L, go by falling length
-into the row with the least room that still takes them. Rows stay inside one split, whose shares the plan is made for.
+Whole documents by best-fit decreasing (arXiv 2404.10830): documents, those above L tokens first cut into parts of L, go
+by falling length into the row with the least room that still takes them. Sentences, for objectives that pair texts
+(arXiv 1810.04805): consecutive ones of a document, at least two and as many as fit beside [CLS] and two [SEP].
+Rows stay inside one split, whose shares the plan is made for.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ import os
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
 from megapre.data.indexed import IndexedDataset
 from megapre.data.order import split_documents
 from megapre.data.sidecar import file_digest
+from megapre.objectives.pair import ADDED
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -55,23 +59,64 @@ def items(dataset: IndexedDataset, low: int, high: int, capacity: int) -> tuple[
     return starts, np.minimum(capacity, bounds[1:][of] - starts)
 
 
-def plan(prefix: str, capacity: int, shares: Sequence[float]) -> dict[str, object]:
-    """Pack a pair for rows of ``capacity`` tokens, write ``PREFIX.packL``, and record it in the sidecar."""
+def sentence_rows(dataset: IndexedDataset, low: int, high: int, capacity: int) -> tuple[np.ndarray, ...]:
+    """First token, length and row of the sentences of documents [low, high) that stand in rows.
+
+    A sentence is cut at half of ``capacity``, so that any two fit. A last sentence that would be alone in its row takes
+    one from the row before; a document of one sentence has no row.
+    """
+    bounds, half = dataset.document_bounds[low : high + 1].tolist(), capacity // 2
+    starts, lengths, rows, count = [], [], [], 0
+    for first, last in pairwise(bounds):
+        sizes = np.minimum(dataset.sequence_lengths[first:last], half).tolist()
+        sentences = [first + i for i, size in enumerate(sizes) if size]
+        for row in _consecutive([size for size in sizes if size], capacity):
+            for i in row:
+                starts.append(dataset.sequence_start(sentences[i]))
+                lengths.append(min(int(dataset.sequence_lengths[sentences[i]]), half))
+                rows.append(count)
+            count += 1
+    return np.array(starts, np.int64), np.array(lengths, np.int64), np.array(rows, np.int64)
+
+
+def _consecutive(sizes: list[int], capacity: int) -> list[range]:
+    """Runs of at least two sizes, each as long as ``capacity`` allows."""
+    runs, begin, held = [], 0, 0
+    for i, size in enumerate(sizes):
+        if held + size > capacity:
+            runs.append(range(begin, i))
+            begin, held = i, 0
+        held += size
+    runs.append(range(begin, len(sizes)))
+    if len(runs) > 1 and len(runs[-1]) == 1 and len(runs[-2]) > 2:
+        runs[-2:] = [runs[-2][:-1], range(runs[-1].start - 1, runs[-1].stop)]
+    return [run for run in runs if len(run) > 1]
+
+
+def plan(prefix: str, capacity: int, shares: Sequence[float], *, sentences: bool = False) -> dict[str, object]:
+    """Plan rows of ``capacity`` tokens of a pair, write ``PREFIX.packL`` (``.sentencesL``), and record it."""
     dataset = IndexedDataset(prefix)
     if dataset.sidecar is None:
         raise ValueError(f"{prefix}.json is missing: inspect_data.py --validate writes one.")
+    if sentences and dataset.sequences <= len(dataset):
+        raise ValueError(f"{prefix} holds one sequence a document: preprocess_data.py --split-sentences cuts them.")
     documents = split_documents(len(dataset), [*shares, 0.0, 0.0][:3])
     sizes, starts, lengths, rows = [np.zeros(1, np.int64)], [], [], []
+    room = capacity - ADDED if sentences else capacity
     for low, high in documents:
-        start, length = items(dataset, low, high, capacity)
-        row = best_fit(length, capacity)
+        if sentences:
+            start, length, row = sentence_rows(dataset, low, high, room)
+        else:
+            start, length = items(dataset, low, high, room)
+            row = best_fit(length, room)
         order = np.lexsort((start, row))
         found = np.bincount(row) if len(row) else np.empty(0, np.int64)
         sizes.append(found.astype(np.int64))
         starts.append(start[order])
         lengths.append(length[order])
         rows.append(len(found))
-    path, temporary = f"{prefix}.pack{capacity}", f"{prefix}.pack{capacity}.tmp-{os.getpid()}"
+    path, key = _place(prefix, capacity, sentences)
+    temporary = f"{path}.tmp-{os.getpid()}"
     with open(temporary, "wb") as file:
         for array in (np.cumsum(np.concatenate(sizes)), np.concatenate(starts), np.concatenate(lengths)):
             file.write(array.astype("<i8").tobytes())
@@ -83,13 +128,19 @@ def plan(prefix: str, capacity: int, shares: Sequence[float]) -> dict[str, objec
         "documents": [list(pair) for pair in documents],
         "rows": rows,
         "items": int(sum(map(len, starts))),
-        "fill": tokens / max(1, sum(rows) * capacity),
+        "fill": tokens / max(1, sum(rows) * room),
         "sha256": file_digest(path),
         "idx_digest": dataset.sidecar.idx_digest,
     }
-    packs = {**(dataset.sidecar.packs or {}), str(capacity): record}
+    packs = {**(dataset.sidecar.packs or {}), key: record}
     replace(dataset.sidecar, packs=packs).write(prefix + ".json")
     return record
+
+
+def _place(prefix: str, capacity: int, sentences: bool) -> tuple[str, str]:
+    """File of a plan, and its key in the sidecar."""
+    kind = "sentences" if sentences else "pack"
+    return f"{prefix}.{kind}{capacity}", f"sentences{capacity}" if sentences else str(capacity)
 
 
 @dataclass(frozen=True)
@@ -109,13 +160,17 @@ class Packs:
         return [(start, start + length) for start, length in zip(starts, lengths)]
 
 
-def open_packs(dataset: IndexedDataset, capacity: int, shares: Sequence[float], split: int) -> Packs:
+def open_packs(
+    dataset: IndexedDataset, capacity: int, shares: Sequence[float], split: int, *, sentences: bool = False
+) -> Packs:
     """The plan of ``capacity`` beside a pair; ValueError when there is none, or it is of another pair or split."""
-    path = f"{dataset.prefix}.pack{capacity}"
-    record = (dataset.sidecar.packs or {}).get(str(capacity)) if dataset.sidecar else None
-    hint = f"run tools/pack_data.py {dataset.prefix} --sequence {capacity} with --split as in data.split"
+    path, key = _place(dataset.prefix, capacity, sentences)
+    record = (dataset.sidecar.packs or {}).get(key) if dataset.sidecar else None
+    option = " --sentences" if sentences else ""
+    hint = f"run tools/pack_data.py {dataset.prefix} --sequence {capacity}{option} with --split as in data.split"
     if record is None or not os.path.exists(path):
-        raise ValueError(f"data.packing = 'best-fit' finds no plan for model.sequence = {capacity} in {path}: {hint}.")
+        asker = "data.objective" if sentences else "data.packing = 'best-fit'"
+        raise ValueError(f"{asker} finds no plan for model.sequence = {capacity} in {path}: {hint}.")
     wanted = [list(pair) for pair in split_documents(len(dataset), [*shares, 0.0, 0.0][:3])]
     if record["documents"] != wanted or (dataset.sidecar and record["idx_digest"] != dataset.sidecar.idx_digest):
         raise ValueError(f"{path} was planned for another data.split or another pair: {hint}.")

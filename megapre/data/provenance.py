@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from megapre.config.ramp import Steps
 from megapre.config.schema import Config
-from megapre.data.indexed import IndexedDataset
 from megapre.data.samples import Samples
 
 
@@ -44,19 +43,10 @@ def pieces(samples: Samples, number: int) -> Iterator[Piece]:
     for start, stop in samples.spans(source, rank):
         at = start
         while at < stop:
-            document, begin, end = document_at(source.dataset, at)
+            document, begin, end = source.dataset.document_at(at)
             upto = min(end, stop)
             yield Piece(number, source.path, document, at - begin, upto - at)
             at = upto
-
-
-def document_at(dataset: IndexedDataset, token: int) -> tuple[int, int, int]:
-    """The document that holds ``token``, with its first token and its end."""
-    low, high = 0, dataset.n_documents
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if dataset.document_start(middle) <= token else (low, middle)
-    return low, dataset.document_start(low), dataset.document_start(low + 1)
 
 
 def visits(config: Config, samples: Samples, source: int, document: int, epochs: int) -> Iterator[Visit]:

@@ -5,20 +5,28 @@ Everything here is a pure function of the job file, the data and n.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megapre.config.lengths import window
 from megapre.config.schema import Config
 from megapre.data.blend import StagedBlend
 from megapre.data.indexed import IndexedDataset
-from megapre.data.order import SampleOrder, split_documents
+from megapre.data.order import SampleOrder, derive_key, split_documents
 from megapre.data.pack import Packs, open_packs
 from megapre.data.remote import Cache, is_remote
-from megapre.objectives.example import Example, Setting
+from megapre.data.setting import make_setting
+from megapre.objectives.example import Example, Setting, Window
+from megapre.objectives.table import OBJECTIVES
 from megapre.objectives.table import load as load_objective
 
+Spans = list[tuple[int, int]]
+"""Ranges [start, stop) of a source's tokens."""
 SPLITS = ("train", "valid", "test")
+DRAWS = 64
+"""Rows that are drawn to find one of another document."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Source:
     order: SampleOrder
     setting: Setting
     packs: Packs | None = None
-    """Rows of whole documents; then ``order`` counts rows as windows of one token."""
+    """Rows of whole documents or of sentences; then ``order`` counts rows as windows of one token."""
 
 
 class Samples:
@@ -51,10 +59,10 @@ class Samples:
     def __init__(self, config: Config, *, vocab_size: int, split: str = "train") -> None:
         if split not in SPLITS:
             raise ValueError(f"split = {split!r} is unknown; the splits are {', '.join(SPLITS)}.")
-        self.length = config.model.sequence
+        self.length, self.window = config.model.sequence, window(config)
         self.vocab_size = vocab_size
         self.data = config.data
-        self._build = load_objective(config.data.objective)
+        self._build, self._pairs = load_objective(config.data.objective), OBJECTIVES[config.data.objective].pairs
         self.cache = make_cache(config)
         datasets = [IndexedDataset(path, cache=self.cache) for path in config.data.paths]
         weights = sample_weights(config, datasets)
@@ -62,17 +70,17 @@ class Samples:
         self.sources: list[Source] = []
         kept = []
         for number, dataset in enumerate(datasets):
-            packs, length = None, self.length
+            packs, length = None, self.window
             lo, hi = split_tokens(dataset, config.data.split)[which]
-            if config.data.packing == "best-fit":
-                packs = open_packs(dataset, self.length, config.data.split, which)
+            setting = make_setting(config, dataset, vocab_size, which)
+            if self._pairs or config.data.packing == "best-fit":
+                packs = open_packs(dataset, self.length, config.data.split, which, sentences=self._pairs > 0)
                 lo, hi, length = 0, packs.count, 1
             # A source may be too small to validate on; it may not silently vanish from training.
             if split != "train" and hi - lo < length + 1:
                 continue
             stream = number * len(SPLITS) + which
             order = SampleOrder(config.data.seed, stream, lo, hi, length, f"{dataset.prefix} ({split})")
-            setting = _setting(config, dataset, vocab_size, which)
             self.sources.append(Source(dataset.prefix, dataset, order, setting, packs))
             kept.append([stage[number] for stage in weights])
         if not self.sources:
@@ -87,8 +95,8 @@ class Samples:
         source, rank = self.blend.locate(number)
         return self.sources[source], rank
 
-    def spans(self, source: Source, rank: int) -> list[tuple[int, int]]:
-        """Token ranges of sample ``rank`` of a source: L + 1 tokens, or at most L with packing."""
+    def spans(self, source: Source, rank: int) -> Spans:
+        """Token ranges of sample ``rank`` of a source: a window and the token behind it, or those of a packed row."""
         if source.packs is not None:
             return source.packs.row(source.order.window(rank))
         return source.order.spans(rank)
@@ -104,39 +112,71 @@ class Samples:
         """Sample ``number``; ValueError on a token id that the model's vocabulary does not have."""
         source, rank = self.locate(number)
         spans = self.spans(source, rank)
-        parts = [source.dataset.read(start, stop) for start, stop in spans]
-        stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        self._check_ids(stored, source)
-        tokens = stored.astype(np.int64)
-        if source.packs is not None:  # what is left of the row is end-of-document tokens that nothing is learnt from
-            tokens = np.append(tokens, np.full(self.length + 1 - len(tokens), source.setting.eod or 0))
-        example = self._build(tokens, number, source.setting)
-        if source.packs is not None:
-            example.weights[len(stored) :] = 0.0
+        read = self._sentences if self._pairs else self._whole_documents if source.packs is not None else self._window
+        window = read(number, source, spans)
+        example = self._build(window, source.setting)
+        if source.packs is not None and not self._pairs:
+            ends = np.cumsum([stop - start for start, stop in spans])
+            example.weights[ends[-1] :] = 0.0
             if self.data.objective == "causal":  # no document predicts the next one
-                example.weights[np.cumsum([stop - start for start, stop in spans]) - 1] = 0.0
-        positions = np.arange(self.length, dtype=np.int64)
-        segments = None
+                example.weights[ends - 1] = 0.0
+        return Sample(number, self._placed(example, window))
+
+    def _placed(self, example: Example, window: Window) -> Example:
+        """The example with positions, and segments where attention is kept apart."""
+        positions, segments = np.arange(self.length, dtype=np.int64), example.segments
         if self.data.reset_positions or self.data.reset_attention:
-            bounds = self._document_bounds(source, spans)
+            bounds = example.documents
+            if bounds is None:
+                bounds = np.append(window.documents[window.documents < self.length], self.length)
             lengths = np.diff(bounds)
             if self.data.reset_positions:
                 positions -= np.repeat(bounds[:-1], lengths)
-            segments = np.repeat(np.arange(len(lengths)), lengths) if self.data.reset_attention else None
-        return Sample(number, replace(example, positions=positions, segments=segments))
+            if self.data.reset_attention:
+                segments = np.repeat(np.arange(len(lengths)), lengths)
+        return replace(example, positions=positions, segments=segments)
 
-    def _document_bounds(self, source: Source, spans: list[tuple[int, int]]) -> np.ndarray:
-        """Places in the sample where a document begins, ascending, with 0 at the front and L at the end."""
-        if source.packs is not None:
-            ends = np.cumsum([stop - start for start, stop in spans])
-            return np.concatenate(([0], ends, [self.length] if ends[-1] < self.length else [])).astype(np.int64)
-        places, offset = [], 0
-        for start, stop in spans:
-            places.append(source.dataset.document_starts(start, stop) + (offset - start))
-            offset += stop - start
-        starts = places[0] if len(places) == 1 else np.concatenate(places)
-        bounds = np.concatenate(([0], starts[(starts > 0) & (starts < self.length)], [self.length]))
-        return bounds[np.append(True, np.diff(bounds) > 0)]  # empty documents begin where the next one does
+    def _tokens(self, source: Source, spans: Spans) -> np.ndarray:
+        parts = [source.dataset.read(start, stop) for start, stop in spans]
+        stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        self._check_ids(stored, source)
+        return stored.astype(np.int64)
+
+    def _window(self, number: int, source: Source, spans: Spans) -> Window:
+        """A window of a source's stored order, and the token behind it."""
+        tokens, dataset = self._tokens(source, spans), source.dataset
+        sentences = _bounds(spans, dataset.sequence_starts) if self.data.permute_sentences else None
+        return Window(number, tokens, _bounds(spans, dataset.document_starts), sentences)
+
+    def _whole_documents(self, number: int, source: Source, spans: Spans) -> Window:
+        """A row of whole documents; what is left of it is end-of-document tokens that nothing is learnt from."""
+        tokens = self._tokens(source, spans)
+        ends = np.cumsum([stop - start for start, stop in spans])
+        row = np.append(tokens, np.full(self.length + 1 - len(tokens), source.setting.eod or 0))
+        rest = [self.length] if ends[-1] < self.length else []
+        return Window(number, row, np.concatenate(([0], ends, rest)).astype(np.int64))
+
+    def _sentences(self, number: int, source: Source, spans: Spans) -> Window:
+        """A row of sentences of one document, and one of another document for objectives that pair two."""
+        other = None if self._pairs < 2 else self._row(number, source, self._stranger(number, source, spans))
+        return replace(self._row(number, source, spans), other=other)
+
+    def _row(self, number: int, source: Source, spans: Spans) -> Window:
+        ends = np.cumsum([0, *(stop - start for start, stop in spans)])
+        return Window(number, self._tokens(source, spans), ends[[0, -1]], ends)
+
+    def _stranger(self, number: int, source: Source, spans: Spans) -> Spans:
+        """A row of another document than that of ``spans``, drawn by the sample's number."""
+        assert source.packs is not None
+        own, setting = source.dataset.document_at(spans[0][0])[0], source.setting
+        for attempt in range(DRAWS):
+            drawn = source.packs.row(derive_key(setting.seed, setting.stream, number, attempt) % source.packs.count)
+            if source.dataset.document_at(drawn[0][0])[0] != own:
+                return drawn
+        raise ValueError(
+            f"{source.path} has no second document in its {SPLITS[setting.stream]} split to take a random next "
+            f"sentence from: change data.split = {self.data.split} or data.objective."
+        )
 
     def _check_ids(self, tokens: np.ndarray, source: Source) -> None:
         low, high = int(tokens.min()), int(tokens.max())
@@ -145,6 +185,18 @@ class Samples:
                 f"{source.path} holds token id {high if high >= self.vocab_size else low}, outside the "
                 f"{self.vocab_size} ids of the model: raise model.vocab_size or tokenize the data again."
             )
+
+
+def _bounds(spans: Spans, starts: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """Places in the tokens of ``spans`` where something begins, ascending, with 0 at the front and their number at the
+    end."""
+    places, offset = [], 0
+    for start, stop in spans:
+        places.append(starts(start, stop) + (offset - start))
+        offset += stop - start
+    found = places[0] if len(places) == 1 else np.concatenate(places)
+    bounds = np.concatenate(([0], found[found > 0], [offset]))
+    return bounds[np.append(True, np.diff(bounds) > 0)]  # what is empty begins where the next one does
 
 
 def cut(sample: Sample, rows: int) -> list[Sample]:
@@ -164,8 +216,8 @@ def cut(sample: Sample, rows: int) -> list[Sample]:
             whole.inputs[part],
             whole.targets[part],
             whole.weights[part],
-            places - np.maximum.accumulate(since),
-            whole.segments[part] - whole.segments[part][0] if whole.segments is not None else None,
+            positions=places - np.maximum.accumulate(since),
+            segments=whole.segments[part] - whole.segments[part][0] if whole.segments is not None else None,
         )
         made.append(Sample(sample.number * rows + row, shorter))
     return made
@@ -187,7 +239,7 @@ def split_tokens(dataset: IndexedDataset, shares: list[float]) -> list[tuple[int
 def no_sample(config: Config, split: str) -> ValueError:
     """The error of a split in which no source holds one sample."""
     return ValueError(
-        f"no path of data.paths has the {config.model.sequence + 1} tokens of one sample in its {split} split: change "
+        f"no path of data.paths has the {window(config) + 1} tokens of one sample in its {split} split: change "
         f"data.split = {config.data.split}, shorten model.sequence or, for validation, set train.eval_samples = 0."
     )
 
@@ -202,27 +254,3 @@ def sample_weights(config: Config, datasets: list[IndexedDataset]) -> list[list[
         return [list(weights[stage * count : (stage + 1) * count]) for stage in range(stages)]
     tokens = [split_tokens(dataset, config.data.split)[0] for dataset in datasets]
     return [[float(hi - lo) for lo, hi in tokens]]
-
-
-def mask_token(config: Config, dataset: IndexedDataset, vocab_size: int) -> int:
-    """Id that hides a token: the job's, else the tokenizer's, else the last of the vocabulary."""
-    record = dataset.sidecar.tokenizer if dataset.sidecar else None
-    token = config.data.mask_token
-    if token < 0:
-        token = record.mask if record is not None and record.mask is not None else vocab_size - 1
-    if token >= vocab_size:
-        raise ValueError(f"data.mask_token = {token} is not one of the {vocab_size} ids of model.vocab_size.")
-    return token
-
-
-def _setting(config: Config, dataset: IndexedDataset, vocab_size: int, split: int) -> Setting:
-    record = dataset.sidecar.tokenizer if dataset.sidecar else None
-    return Setting(
-        vocab_size=vocab_size,
-        seed=config.data.seed,
-        stream=split,
-        eod=record.eod if record else None,
-        eod_mask_loss=config.data.eod_mask_loss,
-        mask_token=mask_token(config, dataset, vocab_size),
-        mask_probability=config.data.mask_probability,
-    )

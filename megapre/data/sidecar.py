@@ -79,6 +79,12 @@ class TokenizerRecord:
     """Id that hides a token in the masked objective."""
     eod_appended: bool = False
     """Whether every document ends in ``eod``."""
+    specials: dict[str, int] | None = None
+    """Ids of ``cls``, ``sep``, ``pad``, ``fim_prefix``, ``fim_suffix`` and ``fim_middle``, those that exist."""
+    sentinels: list[int] | None = None
+    """Ids of <extra_id_0>, <extra_id_1>, ..."""
+    words: str | None = None
+    """Two bits an id, base64: all the first bits (a word may go on into it), then the second (it may go on after)."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class Sidecar:
     validated: str | None = None
     """``idx_digest`` when `inspect_data.py --validate` found every offset and digest right."""
     packs: dict[str, Any] | None = None
-    """Plans of best-fit packing by tokens a row (``data/pack.py``)."""
+    """Plans of rows by tokens a row (``data/pack.py``)."""
 
     def write(self, path: str | Path) -> None:
         """Write as JSON, flushed to the disk."""

@@ -79,14 +79,14 @@ def continuation(
     cache = KVCache()
     feed = prompt
     for _ in range(tokens):
-        logits = _forward(engine, feed, cache)[: engine.model.vocab_size]
+        logits = _forward(engine, feed, cache, config.data.objective == "prefix")[: engine.model.vocab_size]
         cache.length += len(feed)
         feed = [sample(logits, temperature, top_k, top_p, generator)]
         yield feed[0]
 
 
-def _forward(engine: Engine, ids: list[int], cache: KVCache) -> Tensor:
-    """Logits after the last of ``ids``, which follow what ``cache`` holds."""
+def _forward(engine: Engine, ids: list[int], cache: KVCache, prefix: bool) -> Tensor:
+    """Logits after the last of ``ids``, which follow what ``cache`` holds; with ``prefix`` the first see each other."""
     column = torch.tensor(ids).unsqueeze(1)
     microbatch = Microbatch(
         tokens=column,
@@ -95,6 +95,8 @@ def _forward(engine: Engine, ids: list[int], cache: KVCache) -> Tensor:
         positions=torch.arange(cache.length, cache.length + len(ids)).unsqueeze(1),
         segments=None,
         samples=torch.zeros(1, dtype=torch.int64),
+        # A prefix LM reads its prompt both ways; what it adds, from left to right.
+        prefix=torch.tensor([len(ids)]) if prefix and not cache.length else None,
     )
     context = engine.model.context(microbatch, seed=0, step=0, training=False)
     context.cache = cache

@@ -60,7 +60,7 @@ class Attention(nn.Module):
             offset = ctx.cache.length
             k, v = ctx.cache.append(self.layer, k, v)
         documents = None if ctx.segments is None else (ctx.segments, ctx.segments)
-        mask = Mask(causal=self.causal, window=self.window, documents=documents, q_offset=offset)
+        mask = Mask(causal=self.causal, window=self.window, prefix=ctx.prefix, documents=documents, q_offset=offset)
         core = partial(self.core, mask=mask, dropout=self._dropout(ctx), scale=self.scale)
         if self.recompute and ctx.training:  # dropout is counter-based: there is no generator state to restore
             y = checkpoint(core, q, k, v, use_reentrant=False, preserve_rng_state=False)

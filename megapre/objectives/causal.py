@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from megapre.objectives.example import Example, Setting
+from megapre.objectives.example import Example, Setting, Window
 
 
-def build(tokens: np.ndarray, sample: int, setting: Setting) -> Example:
-    """Each token predicts the one after it: int64 [L + 1] -> inputs [L], targets [L], weights [L].
+def build(window: Window, setting: Setting) -> Example:
+    """Each token predicts the one after it: [L + 1] -> inputs [L], targets [L], weights [L]."""
+    return following(window.tokens, setting)
+
+
+def following(tokens: np.ndarray, setting: Setting) -> Example:
+    """The example of int64 [L + 1].
 
     With ``eod_mask_loss`` an end-of-document token predicts nothing: what follows it is another document.
-    Raises ValueError when ``eod_mask_loss`` is set and the end-of-document id is unknown.
     """
     inputs, targets = tokens[:-1], tokens[1:]
     weights = np.ones(len(inputs), np.float32)
     if setting.eod_mask_loss:
-        if setting.eod is None:
-            raise ValueError(
-                "data.eod_mask_loss = true needs the end-of-document id, which is recorded in the .json beside "
-                "the .bin/.idx pair and is missing there."
-            )
+        assert setting.eod is not None, "refused before: data/setting.py"
         weights[inputs == setting.eod] = 0.0
     return Example(inputs, targets, weights)

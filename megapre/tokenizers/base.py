@@ -43,6 +43,12 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens appear by name."""
 
+    def lookup(self, name: str) -> int | None:
+        """Id of a special token, or None when the vocabulary has none of that name."""
+
+    def texts(self) -> list[bytes | None]:
+        """Per id, what it adds to a text, with a space where it begins a word; None for ids that stand for no text."""
+
 
 @dataclass(frozen=True)
 class Specials:

@@ -17,6 +17,14 @@ def alphabet() -> dict[str, int]:
     return {**{chr(byte): byte for byte in kept}, **{chr(256 + i): byte for i, byte in enumerate(others)}}
 
 
+def bytes_of_letters(piece: str) -> bytes:
+    """The bytes that a piece of byte-level BPE stands for; what is not in the alphabet stands for itself."""
+    letters = alphabet()
+    if all(letter in letters for letter in piece):
+        return bytes(letters[letter] for letter in piece)
+    return piece.encode()
+
+
 def byte_level_vocab(content: dict[str, Any]) -> dict[bytes, int]:
     """Byte string -> id of a byte-level BPE; ValueError unless the order of ids is the order of merges."""
     model = content["model"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import tokenizers
 
 from megapre.data.sidecar import file_digest
 from megapre.tokenizers.base import find_specials
+from megapre.tokenizers.bytelevel import bytes_of_letters
 
 
 class HuggingFaceTokenizer:
@@ -48,7 +51,42 @@ class HuggingFaceTokenizer:
         """Ids of several texts, without offsets, which halves the time."""
         return [found.ids for found in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def lookup(self, name: str) -> int | None:
+        """Id of a token, or None."""
+        found: int | None = self._inner.token_to_id(name)
+        return found
+
+    def texts(self) -> list[bytes | None]:
+        """Per id, what it adds to a text; None for special tokens and gaps."""
+        added = self._inner.get_added_tokens_decoder()
+        kinds = {step.get("type") for step in _steps(json.loads(self._inner.to_str()).get("decoder"))}
+        read = bytes_of_letters if "ByteLevel" in kinds else word_piece if "WordPiece" in kinds else metaspace
+        found: list[bytes | None] = [None] * self.vocab_size
+        for piece, number in self._inner.get_vocab(with_added_tokens=True).items():
+            if number not in added or not added[number].special:
+                found[number] = read(piece)
+        return found
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens appear by name."""
         text: str = self._inner.decode(list(ids), skip_special_tokens=False)
         return text
+
+
+def metaspace(piece: str) -> bytes:
+    """Bytes of a piece in which U+2581 is a space and <0x41> a byte, as SentencePiece writes them."""
+    if len(piece) == 6 and piece.startswith("<0x"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("\u2581", " ").encode(errors="replace")
+
+
+def word_piece(piece: str) -> bytes:
+    """Bytes of a piece of WordPiece: one without ## begins a word."""
+    return piece[2:].encode() if piece.startswith("##") else b" " + piece.encode()
+
+
+def _steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    if decoder:
+        yield decoder
+        for step in decoder.get("decoders", []):
+            yield from _steps(step)

@@ -23,6 +23,14 @@ class ByteTokenizer:
         """Ids of several texts."""
         return [self.encode(text) for text in texts]
 
+    def lookup(self, name: str) -> int | None:
+        """The end-of-document token, or None."""
+        return self.eod if name == "<|endoftext|>" else None
+
+    def texts(self) -> list[bytes | None]:
+        """Every byte, and no text for end-of-document."""
+        return [*(bytes([byte]) for byte in range(self.eod)), None]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of bytes; bytes that are no UTF-8 become U+FFFD, 256 becomes its name."""
         parts, run = [], bytearray()
@@ -59,6 +67,14 @@ class NullTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""
         return [self.encode(text) for text in texts]
+
+    def lookup(self, name: str) -> int | None:
+        """None: ids have no names."""
+        return None
+
+    def texts(self) -> list[bytes | None]:
+        """No text at all: what an id adds is unknown."""
+        return [None] * self.vocab_size
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids in decimal."""

@@ -28,6 +28,7 @@ from megapre.tokenizers.inputs import Piece, Span, cut, share_out
 from megapre.tokenizers.load import load
 from megapre.tokenizers.pieces import Record, Setting, SpanRecord, tokenize
 from megapre.tokenizers.team import Team
+from megapre.tokenizers.vocabulary import record
 
 REPORTED_LINES = 20
 FIRST_DOCUMENTS, FIRST_CHARACTERS = 200, 1 << 17
@@ -119,17 +120,17 @@ def _run(job: Job, parts: Path, log: Callable[[str], None], team: Team) -> Repor
     plan, encode = _plan(job, parts, log) if team.rank == 0 else ({}, None)
     plan = team.broadcast("plan", plan)
     pieces = [Piece(p["number"], tuple(Span(**span) for span in p["spans"]), p["size"]) for p in plan["pieces"]]
-    record = TokenizerRecord(**plan["record"])
+    tokenizer = TokenizerRecord(**plan["record"])
     setting = Setting(
-        str(parts), tuple(job.keys), job.tokenizer, record.type, record.vocab_size, plan["options"][-1],
-        record.eod if job.append_eod else None, job.split_sentences, job.largest_document,
+        str(parts), tuple(job.keys), job.tokenizer, tokenizer.type, tokenizer.vocab_size, plan["options"][-1],
+        tokenizer.eod if job.append_eod else None, job.split_sentences, job.largest_document,
     )  # fmt: skip
     low, high = share_out(pieces, team.size)[team.rank]
     make = tokenize if team.start_method != "fork" else partial(tokenize, encode=encode)
     done = _tokenize(job, pieces[low:high], setting, make, log if team.rank == 0 else _silent, team.start_method)
     report = _report(job, done, log, team)
     counts = {number: found.counts for number, (found, _) in done.items()}
-    report.prefixes = _merge(job, parts, record, counts, range(low, high), team)
+    report.prefixes = _merge(job, parts, tokenizer, counts, range(low, high), team)
     if team.rank == 0:
         shutil.rmtree(parts)
     team.close()
@@ -157,11 +158,7 @@ def _plan(job: Job, parts: Path, log: Callable[[str], None]) -> tuple[dict[str, 
     plan = {
         "inputs": [[path, (found := os.stat(path)).st_size, found.st_mtime_ns] for path in job.inputs],
         "pieces": [asdict(piece) for piece in pieces],
-        "record": asdict(
-            TokenizerRecord(
-                tokenizer.type, tokenizer.digest, tokenizer.vocab_size, tokenizer.eod, tokenizer.mask, job.append_eod
-            )
-        ),
+        "record": asdict(record(tokenizer, job.append_eod)),
         "options": [list(job.keys), job.split_sentences, job.largest_document, backend],
     }
     plan = json.loads(json.dumps(plan))

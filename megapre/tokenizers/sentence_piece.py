@@ -9,6 +9,7 @@ import sentencepiece
 
 from megapre.data.sidecar import file_digest
 from megapre.tokenizers.base import find_specials
+from megapre.tokenizers.huggingface import metaspace
 
 
 class SentencePieceTokenizer:
@@ -24,7 +25,7 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise ValueError(f"data.tokenizer_model = {path!r} is no SentencePiece model ({error}).") from error
         self.vocab_size = int(self._inner.vocab_size())
-        specials = find_specials(path, self._lookup)
+        specials = find_specials(path, self.lookup)
         eos = int(self._inner.eos_id())
         self.eod = eos if eos >= 0 else specials.eod
         self.mask = specials.mask
@@ -39,6 +40,13 @@ class SentencePieceTokenizer:
         """Ids of several texts."""
         return [self.encode(text) for text in texts]
 
+    def texts(self) -> list[bytes | None]:
+        """Per id, what it adds to a text; None for control and unused tokens."""
+        inner = self._inner
+        silent = (inner.is_control, inner.is_unused, inner.is_unknown)
+        pieces = ((i, inner.id_to_piece(i)) for i in range(self.vocab_size))
+        return [None if any(test(i) for test in silent) else metaspace(piece) for i, piece in pieces]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; control tokens appear by name."""
         parts: list[str] = []
@@ -51,6 +59,7 @@ class SentencePieceTokenizer:
                 run.append(token)
         return "".join([*parts, self._inner.decode(run)])
 
-    def _lookup(self, name: str) -> int | None:
+    def lookup(self, name: str) -> int | None:
+        """Id of a token, or None."""
         found = int(self._inner.piece_to_id(name))
         return None if self._inner.is_unknown(found) else found

@@ -64,6 +64,15 @@ class TikTokenizer:
         """Ids of several texts."""
         return [self.encode(text) for text in texts]
 
+    def lookup(self, name: str) -> int | None:
+        """Id of a special token, or None."""
+        return next((number for number, found in self._specials.items() if found == name), None)
+
+    def texts(self) -> list[bytes | None]:
+        """Per id, the bytes it stands for; None for special tokens."""
+        ranks = (None if i in self._specials else i - self._first for i in range(self.vocab_size))
+        return [None if rank is None else self._inner.decode_single_token_bytes(rank) for rank in ranks]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens appear by name."""
         parts: list[bytes] = []

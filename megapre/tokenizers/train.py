@@ -36,8 +36,11 @@ def train(
     bad: Callable[[BadLine], None] | None = None,
     sample_bytes: int = 0,
     seed: int = 1234,
+    specials: Sequence[str] = (),
 ) -> int:
     """Learn from the texts of ``inputs`` and write ``output``; the number of ids it holds.
+
+    ``specials`` names special tokens beside the three that every tokenizer has; they are part of ``vocab_size``.
 
     With ``sample_bytes`` only about as many bytes of text are read, from places all over the input.
 
@@ -46,13 +49,17 @@ def train(
     """
     if type not in TYPES:
         raise ValueError(f"--type {type} is unknown; the types are {', '.join(TYPES)}.")
-    if vocab_size < SMALLEST:
-        raise ValueError(f"--vocab-size {vocab_size} is below {SMALLEST}, the 256 bytes and the special tokens.")
+    names = [*SPECIALS, *specials]
+    if len(set(names)) < len(names) or "" in names:
+        raise ValueError(f"--special-tokens {' '.join(specials)} holds an empty name, or one that is there already.")
+    if vocab_size < SMALLEST + len(specials):
+        smallest = SMALLEST + len(specials)
+        raise ValueError(f"--vocab-size {vocab_size} is below {smallest}, the 256 bytes and the special tokens.")
     texts = sample_texts(inputs, key, bad, sample_bytes, seed)
     if backend == "tokenizers":
-        data, size = _train_huggingface(texts, type, vocab_size)
+        data, size = _train_huggingface(texts, type, vocab_size, names)
     elif backend == "sentencepiece" and type != "wordpiece":
-        data, size = _train_sentencepiece(texts, type, vocab_size)
+        data, size = _train_sentencepiece(texts, type, vocab_size, names)
     else:
         raise ValueError(f"--backend {backend} does not train --type {type}; tokenizers does.")
     temporary = f"{output}.tmp-{os.getpid()}"
@@ -114,14 +121,14 @@ def fertility(tokenizer: Tokenizer, texts: Iterator[str]) -> dict[str, float]:
     }
 
 
-def _train_huggingface(texts: Iterator[str], type: str, vocab_size: int) -> tuple[bytes, int]:
+def _train_huggingface(texts: Iterator[str], type: str, vocab_size: int, names: list[str]) -> tuple[bytes, int]:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
-        "special_tokens": list(SPECIALS),
+        "special_tokens": names,
         "initial_alphabet": alphabet,
         "show_progress": False,
     }
@@ -136,8 +143,8 @@ def _train_huggingface(texts: Iterator[str], type: str, vocab_size: int) -> tupl
     else:
         # The library's Unigram trainer sums in the order of a randomly seeded hash table: no two runs agree.
         counts = Counter(word for text in texts for word, _ in words.pre_tokenize_str(text))
-        tokenizer = Tokenizer(models.Unigram(_learn_unigram(counts, alphabet, vocab_size)))
-        tokenizer.add_special_tokens(list(SPECIALS))
+        tokenizer = Tokenizer(models.Unigram(_learn_unigram(counts, alphabet, vocab_size, names)))
+        tokenizer.add_special_tokens(names)
     tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.ByteLevel()
     if trainer is not None:
@@ -145,7 +152,9 @@ def _train_huggingface(texts: Iterator[str], type: str, vocab_size: int) -> tupl
     return tokenizer.to_str(pretty=True).encode(), tokenizer.get_vocab_size()
 
 
-def _learn_unigram(counts: Counter[str], alphabet: list[str], vocab_size: int) -> list[tuple[str, float]]:
+def _learn_unigram(
+    counts: Counter[str], alphabet: list[str], vocab_size: int, names: list[str]
+) -> list[tuple[str, float]]:
     """Pieces of byte-level words and their log-probabilities, the special tokens first, by SentencePiece's trainer."""
     # Counting every byte once puts all 256 into the vocabulary, so no text is out of reach.
     counts.update(alphabet)
@@ -154,7 +163,7 @@ def _learn_unigram(counts: Counter[str], alphabet: list[str], vocab_size: int) -
         rows,
         input_format="tsv",
         model_type="unigram",
-        vocab_size=vocab_size - len(SPECIALS) + 1,
+        vocab_size=vocab_size - len(names) + 1,
         character_coverage=1.0,
         split_by_unicode_script=False,
         split_by_number=False,
@@ -165,17 +174,17 @@ def _learn_unigram(counts: Counter[str], alphabet: list[str], vocab_size: int) -
     )
     pieces = [(learned.id_to_piece(i), learned.get_score(i)) for i in range(1, learned.vocab_size())]
     # The scores of special tokens only keep the search for pieces from ever choosing them.
-    return [(name, -1e4) for name in SPECIALS] + pieces
+    return [(name, -1e4) for name in names] + pieces
 
 
-def _train_sentencepiece(texts: Iterator[str], type: str, vocab_size: int) -> tuple[bytes, int]:
+def _train_sentencepiece(texts: Iterator[str], type: str, vocab_size: int, names: list[str]) -> tuple[bytes, int]:
     learned = _run_sentencepiece(
         (line for text in texts for line in text.split("\n") if line),
         model_type=type,
         vocab_size=vocab_size,
         byte_fallback=True,
         user_defined_symbols=["\n"],
-        control_symbols=["<mask>"],
+        control_symbols=["<mask>", *names[len(SPECIALS) :]],
         bos_id=-1,
         unk_id=0,
         eos_id=1,

@@ -197,6 +197,7 @@ def _samples(config: Config, vocab_size: int, count: int, generator: torch.Gener
         weights[-1] = 1.0
         documents = (torch.rand(length, 1, generator=generator) < 0.2).long().cumsum(0)
         positions = torch.arange(length).unsqueeze(1)
+        prefix = torch.tensor([(3 * index + 1) % length + 1])
         if config.data.reset_positions:
             starts = torch.cat((torch.zeros(1, 1).bool(), documents[1:] != documents[:-1]))
             positions = positions - torch.where(starts, positions, 0).cummax(0).values
@@ -208,6 +209,7 @@ def _samples(config: Config, vocab_size: int, count: int, generator: torch.Gener
                 positions.contiguous(),
                 documents if config.data.reset_attention else None,
                 torch.tensor([index]),
+                prefix=prefix if config.data.objective == "prefix" else None,
             )
         )
     return batch

@@ -111,6 +111,8 @@ def _attention(
     visible = torch.ones(batch, length, length, dtype=torch.bool)
     if model.architecture == "decoder":
         visible = visible.tril()
+    if m.prefix is not None:
+        visible = visible | (torch.arange(length) < m.prefix[:, None])[:, None, :]
     if model.window:
         place = torch.arange(length)
         visible = visible & ((place[:, None] - place[None, :]).abs() < model.window)

@@ -206,6 +206,7 @@ def _microbatches(config: Config) -> list[Microbatch]:
         Microbatch(
             ids(), ids(), torch.ones(shape), ids(), ids() if segments else None,
             torch.zeros(train.microbatch, dtype=torch.int64),
+            prefix=torch.ones(train.microbatch, dtype=torch.int64) if config.data.objective == "prefix" else None,
         )
         for _ in range(train.global_batch // (train.microbatch * config.parallel.data))
     ]  # fmt: skip

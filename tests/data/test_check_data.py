@@ -73,8 +73,7 @@ def test_tokenizers_must_agree(tmp_path, pair):
 
 
 def test_settings(pair):
-    refused(job([pair], objective="span"), r"data\.objective = 'span' .* causal, masked")
-    refused(job([pair], mask_probability=0.0), r"data\.mask_probability = 0\.0")
+    refused(job([pair], objective="span"), r"data\.objective = 'span' .* causal, infill")
     refused(job([pair], mask_token=VOCAB), r"data\.mask_token = 1000")
     refused(job([pair], weights=[1.0, 2.0]), r"data\.weights has 2 shares for the 1 prefixes")
     refused(job([pair, pair], weights=[1.0, 1e-9]), r"data\.weights\[1\].* rounds to 0")

@@ -7,6 +7,7 @@ parallelism and, where the job allows it, a cut sequence.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ FAMILIES = {
     "linear-geglu": job(**LLAMA | {"activation": "geglu"}, rope_scaling="linear", rope_factor=4.0, attention_scale=0.5),
     "ntk-relu": job(**LLAMA | {"activation": "relu"}, rope_scaling="ntk", rope_factor=4.0),
     "norms-of-heads": job(qk_norm=True, activation="gelu_exact"),
+    "prefix": replace(job(attention_dropout=0.1), data=DataConfig(objective="prefix")),
+    "prefix-local": replace(job(window=5, **LLAMA), data=DataConfig(objective="prefix", reset_attention=True)),
     "local-encoder": job(architecture="encoder", activation="gelu_exact", window=5),
 }
 LAYOUTS = ("2x1x1+sp", "4x1x1", "1x2x2+zero1", "2x2x1+recompute:full", "1x1x1+ring:2", "1x1x1+ulysses:2", "1x1x2+zero3")

@@ -48,14 +48,6 @@ STATE = (
         "Megatron-LM e2a4d42675: consumed samples not taken from the checkpoint",
     ),
     Mutant(
-        "masks-drawn-without-the-sample",
-        "megapre/objectives/masked.py",
-        "key=[setting.seed % 2**64, sample]",
-        "key=[setting.seed % 2**64, 0]",
-        "tests/objectives/test_objectives.py",
-        "pytorch #5059: workers share one seed",
-    ),
-    Mutant(
         "angles-in-bf16",
         "megapre/kernels/rope.py",
         "angles = positions.double().unsqueeze(-1)",
