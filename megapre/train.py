@@ -25,6 +25,7 @@ from megapre.resilience.connect import connected, placement
 from megapre.resilience.flight import recorded
 from megapre.resilience.guard import Guard
 from megapre.resilience.lock import run_lock
+from megapre.resilience.pace import Pace, Waits
 from megapre.resilience.pulse import Pulse
 from megapre.resilience.ranks import Ranks
 from megapre.resilience.selftest import selftest
@@ -40,7 +41,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
     run_dir = Path(config.train.run_dir)
     with connected(config, ranks) as (grid, device), run_lock(run_dir, grid.world.rank, HostSync(grid.host)):
         pulse = Pulse(os.environ)
-        grid = recorded(grid, pulse)
+        waits = Waits(device)
+        grid = recorded(grid, pulse, waits)
         engine = build(config, grid, device, vocab_size)
         main = grid.world.rank == 0
         if main:
@@ -68,7 +70,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
             monitor,
             Throughput(config, vocab_size, grid.world.size, device.type),
             stop.requested,
-            Guard(config, engine.step, monitor.text),
+            Guard(config, engine.step, monitor.text, Pace(grid, waits, monitor.text)),
             state,
         )
         try:

@@ -17,6 +17,7 @@ from typing import Any
 
 from megapre.config.schema import Config
 from megapre.data.loader import Counts, StepBatch
+from megapre.resilience.pace import Pace
 from megapre.resilience.replicas import Replicas
 from megapre.training.diagnosis import not_finite
 from megapre.training.rewind import Trouble
@@ -39,8 +40,8 @@ def zscore(value: float, window: Sequence[float]) -> float:
 class Guard:
     """Watches the results of a run's steps, each read one step late."""
 
-    def __init__(self, config: Config, step: TrainStep, say: Callable[[str], None]) -> None:
-        self.config, self.step, self._say = config.resilience, step, say
+    def __init__(self, config: Config, step: TrainStep, say: Callable[[str], None], pace: Pace) -> None:
+        self.config, self.step, self._say, self._pace = config.resilience, step, say, pace
         self.replicas = Replicas(step, config.parallel.zero)
         self._verified = 0
         self._host = step.grid.host
@@ -57,6 +58,7 @@ class Guard:
         Raises ValueError when ``resilience.max_skips`` steps in a row, or ``max_rewinds`` rewinds, led nowhere.
         """
         index, loss, norm = batch.step, float(result.loss), float(result.grad_norm)
+        self._pace.step(index)
         if index > self._last + self.config.spike_window:
             self._rewinds = 0
         if float(result.skipped):

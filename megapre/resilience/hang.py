@@ -55,12 +55,19 @@ class Silence:
 
 
 def phase(stack: str) -> str:
-    """Forward, backward, loader, eval, save, optimizer or start; ``collective`` when it waits for peers."""
-    frames = FRAME.findall(stack)
+    """As `phase_of`, of a stack as faulthandler writes it."""
+    return phase_of([(file, int(line), function) for file, line, function in FRAME.findall(stack)])
+
+
+def phase_of(frames: Sequence[tuple[str, int, str]]) -> str:
+    """Forward, backward, loader, eval, save, optimizer or start; ``collective`` when it waits for peers.
+
+    ``frames`` are (file, line, function), the innermost first.
+    """
     if not frames:
         return "an unknown phase"
     file, line, _ = frames[0]
-    waits = "wait(" in linecache.getline(file, int(line)) or "distributed_c10d" in file or "parallel/comm.py" in file
+    waits = "wait(" in linecache.getline(file, line) or "distributed_c10d" in file or "parallel/comm.py" in file
     if waits:
         return "collective"
     for file, _, function in frames:
