@@ -69,6 +69,7 @@ def train(args: argparse.Namespace) -> int:
         return run(config, plan, stop)
 
     from megapre.resilience.launcher import launch
+    from megapre.resilience.peers import launch_name, shared_secret
 
     # Ranks get the job as it was read: an edit of the file must not reach half of them, or a restart.
     job = [to_toml(config)]
@@ -87,6 +88,7 @@ def train(args: argparse.Namespace) -> int:
         heartbeat=config.resilience.heartbeat,
         timeout=config.resilience.timeout,
         log=Path(config.train.run_dir) / "log",
+        secret=shared_secret(Path(config.train.run_dir), node.node, launch_name(os.environ)) if node.nodes > 1 else b"",
     )
 
 

@@ -26,8 +26,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megapre.resilience import environment, worker
+from megapre.resilience.peers import Peers
 from megapre.resilience.pulse import ATTEMPTS, VARIABLE, PulseFile
 from megapre.resilience.ranks import LOOPBACK
+from megapre.resilience.rendezvous import BACKEND, meeting
 from megapre.resilience.signals import STOP_SIGNALS
 from megapre.resilience.watch import Watch, send
 
@@ -53,6 +55,7 @@ def launch(
     heartbeat: float = 0.0,
     timeout: float = 600.0,
     log: Path | None = None,
+    secret: bytes = b"",
 ) -> int:
     """Run ``target(argv)`` on this host's ``world / nnodes`` ranks and return the exit code of all.
 
@@ -62,6 +65,8 @@ def launch(
     start a thread or touch a GPU. A crash is restarted, on one host up to ``max_restarts`` times in a row from the
     same step (``Pulse.resumed``), over nodes so often in all, and gives 1 then. With a ``heartbeat``, in seconds, a
     rank that hangs is ended as by a crash (`hang`); ``timeout`` bounds its start. Failures go to ``log/events.jsonl``.
+    With a ``secret`` as well, shared by all nodes, the nodes listen to each other (`peers`), and a cut link ends the
+    attempt likewise.
     SIGTERM, SIGUSR1 and a first Ctrl-C are forwarded to the ranks; a second Ctrl-C kills them and raises
     KeyboardInterrupt. Raises ValueError when ``world`` is no multiple of ``nnodes``.
     """
@@ -80,7 +85,8 @@ def launch(
     before = _take_signals(board)
     try:
         _start_fork_server(preload)
-        watch = Watch(board, node_rank * local_world, heartbeat=heartbeat, starting=timeout, log=log)
+        peers = _listen(node_rank, nnodes, address, port, secret, heartbeat) if nnodes > 1 and secret else None
+        watch = Watch(board, node_rank * local_world, heartbeat=heartbeat, starting=timeout, log=log, peers=peers)
         watch.start()
         try:
             return _supervise(target, argv, board, local_world, nnodes, node_rank, address, port, max_restarts)
@@ -91,6 +97,19 @@ def launch(
             signal.signal(number, handler)
         os.environ.pop(VARIABLE, None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _listen(node: int, nodes: int, address: str, port: int, secret: bytes, heartbeat: float) -> Peers | None:
+    """Heartbeats between the nodes; none, with a line that says so, where node 0 cannot listen on its address alone."""
+    if not heartbeat:
+        return None
+    try:
+        peers = Peers(node, nodes, address, port, secret, heartbeat)
+    except OSError as error:
+        print(f"megapre: node {node} has no heartbeats over {address}:{port} ({error.strerror})", file=sys.stderr)
+        return None
+    peers.start()
+    return peers
 
 
 def combine(codes: Iterable[int]) -> int:
@@ -149,7 +168,7 @@ def _supervise(
     # Here, not above: it takes seconds, which the fork server spends importing the same in parallel.
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError, rendezvous_handler_registry
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if "LOGLEVEL" not in os.environ:
@@ -163,12 +182,13 @@ def _supervise(
         endpoint, rendezvous = str(Path(board.folder, "rendezvous")), {"store_type": "file"}
     else:
         endpoint, rendezvous = f"{address}:{port}", {"is_host": node_rank == 0}
+        rendezvous_handler_registry.register(BACKEND, meeting)
     config = LaunchConfig(
         min_nodes=nnodes,
         max_nodes=nnodes,
         nproc_per_node=local_world,
         run_id=f"megapre-{port}",
-        rdzv_backend="c10d",
+        rdzv_backend="c10d" if nnodes == 1 else BACKEND,
         rdzv_endpoint=endpoint,
         rdzv_configs=rendezvous,
         # On one host the ranks themselves count (`worker.run`): only they know whether an attempt got any further.

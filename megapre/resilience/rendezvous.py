@@ -1,4 +1,4 @@
-"""The store through which ranks find each other, listening only where its address says."""
+"""The stores through which ranks, and the agents of several hosts, find each other: they listen where told alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megapre.resilience.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousParameters
 
 
 def open_store(ranks: Ranks, timeout: int) -> TCPStore:
@@ -20,25 +21,48 @@ def open_store(ranks: Ranks, timeout: int) -> TCPStore:
     to ``ranks.address`` when that is an address of this host. ``timeout`` is in seconds. Raises ValueError
     when the port is taken.
     """
+    return _open(ranks.address, ranks.port, ranks.world, ranks.rank == 0, timeout)
+
+
+def _open(address: str, port: int, world: int, serves: bool, timeout: int) -> TCPStore:
     from torch.distributed import TCPStore
 
     wait = timedelta(seconds=timeout)
-    if ranks.rank != 0:
-        return TCPStore(ranks.address, ranks.port, ranks.world, is_master=False, timeout=wait)
-    listener = _listen(ranks.address, ranks.port)
+    if not serves:
+        return TCPStore(address, port, world, is_master=False, timeout=wait)
+    listener = _listen(address, port)
     if listener is None:
-        return TCPStore(ranks.address, ranks.port, ranks.world, is_master=True, timeout=wait, wait_for_workers=False)
+        return TCPStore(address, port, world, is_master=True, timeout=wait, wait_for_workers=False)
     port = listener.getsockname()[1]
     # The store closes the descriptor that it is given.
+    descriptor = listener.detach()
     return TCPStore(
-        ranks.address,
-        port,
-        ranks.world,
-        is_master=True,
-        timeout=wait,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
+        address, port, world, is_master=True, timeout=wait, wait_for_workers=False, master_listen_fd=descriptor
     )
+
+
+BACKEND = "megapre"
+"""Name under which torch's launcher knows `meeting`."""
+
+
+def meeting(parameters: RendezvousParameters) -> RendezvousHandler:
+    """torch's rendezvous of agents over a store of ours; its own ``c10d`` backend listens on every interface.
+
+    Options: ``is_host``, whether this agent serves the store. ValueError when the port is taken.
+    """
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+    class Backend(C10dRendezvousBackend):
+        """Under the name that was asked for, as torch demands."""
+
+        @property
+        def name(self) -> str:
+            return BACKEND
+
+    address, _, port = parameters.endpoint.rpartition(":")
+    store = _open(address.strip("[]"), int(port), parameters.max_nodes, bool(parameters.get_as_bool("is_host")), 60)
+    return create_handler(store, Backend(store, parameters.run_id), parameters)
 
 
 def _listen(address: str, port: int) -> socket.socket | None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from megapre.resilience.hang import Silence, culprit
+from megapre.resilience.peers import Peers
 from megapre.resilience.pulse import PulseFile
 from megapre.resilience.worker import Board
 
@@ -28,13 +29,21 @@ class Watch(threading.Thread):
     """
 
     def __init__(
-        self, board: Board, first_rank: int, *, heartbeat: float = 0.0, starting: float = 600.0, log: Path | None = None
+        self,
+        board: Board,
+        first_rank: int,
+        *,
+        heartbeat: float = 0.0,
+        starting: float = 600.0,
+        log: Path | None = None,
+        peers: Peers | None = None,
     ) -> None:
         """``heartbeat`` is the least silence in seconds that makes a rank suspect, 0 for none; ``log`` a folder."""
         super().__init__(name="rank-watch", daemon=True)
         self._board = board
         self._first_rank = first_rank
         self._heartbeat, self._starting, self._log = heartbeat, starting, log
+        self._peers = peers
         self._pulse = PulseFile(board.pulse)
         self._silence = [Silence() for _ in board.pids]
         self._asked = 0.0
@@ -48,6 +57,8 @@ class Watch(threading.Thread):
             working = [pid for pid, returned in zip(pids, self._board.returned) if pid and not returned]
             if any(not alive(pid) for pid in working) or (self._board.refused.value and working):
                 self._end_attempt(pids)
+            elif self._peers and working and (lost := self._peers.lost()):
+                self._cut_off(lost, working)
             elif self._heartbeat:
                 self._listen({slot: pid for slot, pid in enumerate(pids) if pid and not self._board.returned[slot]})
 
@@ -71,6 +82,17 @@ class Watch(threading.Thread):
         self._hung.add(slot)
         send(working[slot], signal.SIGKILL)
 
+    def _cut_off(self, lost: dict[int, float], working: list[int]) -> None:
+        """Nodes are silent: end the attempt here, since collectives with them would wait for their timeout."""
+        assert self._peers is not None
+        for node, seconds in lost.items():
+            _say(f"megapre: node {node} has not been heard for {seconds:.0f} s: its host is down or its link is cut\n")
+            self._event("unheard", node=node, seconds=round(seconds, 1))
+        self._peers.forget()
+        self._hung |= {slot for slot, pid in enumerate(self._board.pids) if pid in working}
+        for pid in working:
+            send(pid, signal.SIGKILL)
+
     def _event(self, event: str, **fields: object) -> None:
         """A line of ``events.jsonl``, with the last operations of each rank of this host."""
         if self._log is None:
@@ -88,6 +110,8 @@ class Watch(threading.Thread):
         """Stop looking and report a failure that has not been reported yet."""
         self._finished.set()
         self.join()
+        if self._peers:
+            self._peers.finish()
         self._report([pid for pid in self._board.pids])
 
     def _end_attempt(self, pids: list[int]) -> None:
