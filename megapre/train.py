@@ -16,6 +16,7 @@ from megapre.config.load import to_toml
 from megapre.config.schema import Config
 from megapre.data.check import check_data
 from megapre.data.loader import Loader, validation
+from megapre.hub.folder import is_folder
 from megapre.kernels.registry import report
 from megapre.monitor.fingerprint import differences, fingerprint
 from megapre.monitor.metrics import Monitor
@@ -31,7 +32,7 @@ from megapre.resilience.ranks import Ranks
 from megapre.resilience.selftest import selftest
 from megapre.resilience.signals import StopRequest
 from megapre.training.engine import Engine, build
-from megapre.training.resume import restore
+from megapre.training.resume import restore, start_from
 from megapre.training.trainer import HostSync, Trainer
 
 
@@ -91,6 +92,10 @@ def resume(config: Config, engine: Engine, say: Callable[[str], None]) -> dict[s
         found = str(newest) if newest else ""
     found = sync.broadcast_text(found) or config.checkpoint.load
     if not found:
+        return {}
+    if found == config.checkpoint.load and (config.checkpoint.weights_only or is_folder(Path(found))):
+        start_from(Path(found), config, engine.step)
+        say(f"starting from the weights of {found}")
         return {}
     state = restore(Path(found), config, engine.step)
     say(f"resumed from {found} at step {state['step']}")

@@ -173,7 +173,10 @@ class CheckpointConfig:
     resume: bool = True
     """Continue from the newest valid checkpoint of the run folder."""
     load: str = ""
-    """A checkpoint (``.../step_N``) to start from when the run folder has none; any layout."""
+    """A checkpoint (``.../step_N``) to start from when the run folder has none; any layout. Or a folder of Hugging Face
+    (``config.json`` and safetensors), whose weights alone are taken."""
+    weights_only: bool = False
+    """Take only the weights of ``load``: the optimizer, the data and the schedule begin anew."""
     allow_changes: list[str] = field(default_factory=list)
     """Keys such as ``train.global_batch`` that may differ from the checkpoint's job although they define the run."""
 

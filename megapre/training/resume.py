@@ -9,6 +9,8 @@ from typing import Any
 
 from megapre.checkpoint import store
 from megapre.config.schema import Config
+from megapre.hub.folder import is_folder
+from megapre.hub.load import Import
 from megapre.training.step import TrainStep
 
 FIXED = {
@@ -31,11 +33,24 @@ def restore(path: Path, config: Config, step: TrainStep) -> dict[str, Any]:
     return state
 
 
+def start_from(path: Path, config: Config, step: TrainStep) -> None:
+    """Take the weights of a Hugging Face folder or of a checkpoint, and nothing else: a run begins with them."""
+    if is_folder(path):
+        source = Import(path)
+        source.refuse_other_model(config.model, step.model.vocab_size)
+        source.fill(step.pieces(share=False))
+    else:
+        wanted = {"model": asdict(config)["model"]}
+        refuse_changes({"model": store.read_state(path)["job"]["model"]}, wanted, path, config.checkpoint.allow_changes)
+        store.load(path, ((a, data) for a, data in step.pieces(share=False) if a.name.startswith("weight/")))
+    step.optimizer.copy_to_model()
+
+
 def refuse_changes(old: dict[str, Any], new: dict[str, Any], path: Path, allowed: Sequence[str] = ()) -> None:
     """ValueError with a table when a job resumes with another model, batch or data order than its checkpoint's."""
     changed = []
     for table, keys in FIXED.items():
-        for key in keys or sorted(new[table]):
+        for key in (keys or sorted(new[table])) if table in new else ():
             before, after = old.get(table, {}).get(key), new[table][key]
             if before != after and f"{table}.{key}" not in allowed:
                 changed.append((f"{table}.{key}", before, after))

@@ -4,9 +4,42 @@ from __future__ import annotations
 
 from tests.museum.mutant import Mutant
 
+HUB = "tests/hub/test_families.py::test_logits_and_gradients_are_theirs"
 RESUME = "tests/training/test_resume.py::test_resume_is_bitwise_at_every_step"
 
 STATE = (
+    Mutant(
+        "import-turns-neighbours",
+        "megapre/hub/llama.py",
+        'found: dict[str, Any] = {"rope_theta"',
+        'found: dict[str, Any] = {"rope_interleaved": True, "rope_theta"',
+        f"{HUB}[llama-1x1x1]",
+        "transformers #25199: interleaved RoPE read as half-split",
+    ),
+    Mutant(
+        "import-forgets-to-transpose-a-square",
+        "megapre/hub/load.py",
+        "return (found.T if link.transposed else found).reshape(-1)",
+        "return (found.T if link.transposed and size[0] != size[1] else found).reshape(-1)",
+        f"{HUB}[gpt2-1x1x1]",
+        "a square matrix of GPT-2's Conv1D looks right either way",
+    ),
+    Mutant(
+        "export-unties",
+        "megapre/hub/llama.py",
+        '"tie_word_embeddings": m.tied_embeddings,',
+        '"tie_word_embeddings": False,',
+        "tests/hub/test_families.py::test_exports_are_bitwise_the_import_and_open_there[llama]",
+        "torchtitan PR #3764: a tied model exported with an output layer of its own that nothing fills",
+    ),
+    Mutant(
+        "import-takes-the-first-rank's-box",
+        "megapre/hub/load.py",
+        "offset = base[:lead] + tuple(b + o for b, o in zip(base[lead:], offset))",
+        "offset = base",
+        f"{HUB}[llama-2x2x1+sp]",
+        "every tensor rank reads the first part",
+    ),
     Mutant(
         "change-of-versions-not-told",
         "megapre/monitor/fingerprint.py",

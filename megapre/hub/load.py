@@ -1,0 +1,110 @@
+"""Weights from a Hugging Face folder straight into any layout: each rank reads the boxes that it holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+
+from torch import Tensor
+
+from megapre.checkpoint.reshard import Box, boxes
+from megapre.config.model import ModelConfig
+from megapre.hub.families import Family, differences, family
+from megapre.hub.folder import Folder
+from megapre.hub.link import Link, their_shapes
+from megapre.hub.settings import Settings
+from megapre.models.spec import tensors
+from megapre.parallel.placement import Address
+
+MOST_NAMES = 20
+"""Tensors that an error lists."""
+
+
+class Import:
+    """A folder that has been found to be a model of a known family, with all of its tensors and no others."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder = Folder(path)
+        self.family: Family = family(str(self.folder.config.get("model_type")))
+        self.model: ModelConfig = self.family.read(Settings(self.folder.config, str(path / "config.json")))
+        self.shapes = {spec.name: spec.shape for spec in tensors(self.model, self.model.vocab_size)}
+        self.links = {link.ours: link for link in self.family.links(self.model, self.family.kind)}
+        self.names = self._names()
+        self._check()
+
+    def refuse_other_model(self, model: ModelConfig, vocab_size: int) -> None:
+        """ValueError where a job's [model] would compute something else with these weights."""
+        wrong = differences(model, self.model)
+        if vocab_size != self.model.vocab_size:
+            wrong.append(("vocab_size", vocab_size, self.model.vocab_size))
+        if wrong:
+            told = "; ".join(f"model.{name} = {ours!r}, the folder's {theirs!r}" for name, ours, theirs in wrong)
+            raise ValueError(
+                f"{self.folder.path} is another model than the job's: {told} "
+                f"(tools/convert_checkpoint.py import writes a fitting job)."
+            )
+
+    def fill(self, pieces: Iterable[tuple[Address, Tensor]]) -> None:
+        """Give every piece of a weight its values; other state stays as it is."""
+        for address, data in pieces:
+            kind, _, name = address.name.partition("/")
+            if kind == "weight":
+                for box in boxes(address):
+                    data[box.at : box.at + prod(box.size)] = self._read(self.links[name], box).to(data.dtype)
+
+    def _read(self, link: Link, box: Box) -> Tensor:
+        """A box of our tensor, flat."""
+        base, _ = link.box(self.shapes[link.ours])
+        offset, size = (box.offset[::-1], box.size[::-1]) if link.transposed else (box.offset, box.size)
+        lead = len(base) - len(offset)
+        offset = base[:lead] + tuple(b + o for b, o in zip(base[lead:], offset))
+        found = self.folder.read(self.names[link.theirs], offset, (1,) * lead + size).reshape(size)
+        return (found.T if link.transposed else found).reshape(-1)
+
+    def _names(self) -> dict[str, str]:
+        """Name as the family has it -> name in the files, which may lack the prefix."""
+        prefix = self.family.prefix
+        held = [n for n in self.folder.shapes if not any(re.fullmatch(p, n) for p in self.family.ignored)]
+        bare = not any(name.startswith(prefix) for name in held)
+        wanted = {link.theirs for link in self.links.values()}
+        return {prefix + name if bare and name not in wanted else name: name for name in held}
+
+    def _check(self) -> None:
+        wanted = their_shapes(self.links.values(), self.shapes)
+        extra = sorted(self.names.keys() - wanted.keys() - self._tied_copies())
+        missing = sorted(wanted.keys() - self.names.keys())
+        wrong = [
+            f"{name} {list(self.folder.shapes[self.names[name]])} instead of {list(shape)}"
+            for name, shape in sorted(wanted.items())
+            if name in self.names and self.folder.shapes[self.names[name]] != shape
+        ]
+        told = {"lacks": missing, "also has": extra, "has mis-shaped": wrong}
+        if missing or extra or wrong:
+            faults = "; ".join(f"{what} {_some(names)}" for what, names in told.items() if names)
+            raise ValueError(f"{self.folder.path} is no {self.family.kind} model of its config.json: it {faults}.")
+
+    def _tied_copies(self) -> set[str]:
+        """Output layers that are saved beside the embedding with which they are tied; ValueError when they differ."""
+        if not self.model.tied_embeddings or "lm_head.weight" not in self.names:
+            return set()
+        embedding = self.folder.read(self.names[self.links["embedding.tokens.weight"].theirs], (), ())
+        if not embedding.equal(self.folder.read("lm_head.weight", (), ())):
+            raise ValueError(
+                f"{self.folder.path} says tie_word_embeddings = true, but its lm_head.weight is not its embedding."
+            )
+        return {"lm_head.weight"}
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
+
+
+def links_of(model: ModelConfig, kind: str) -> Mapping[str, list[Link]]:
+    """Their tensor -> the tensors of ours that it holds."""
+    found: dict[str, list[Link]] = {}
+    for link in family(kind).links(model, kind):
+        found.setdefault(link.theirs, []).append(link)
+    return found

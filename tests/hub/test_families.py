@@ -1,0 +1,210 @@
+"""Every family against its module of ``transformers``: logits, gradients, and folders both ways, in several layouts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megapre.checkpoint import store
+from megapre.config.check import check
+from megapre.config.schema import Config, ParallelConfig, PrecisionConfig, TrainConfig
+from megapre.data.loader import Counts, Microbatch
+from megapre.hub.export import export
+from megapre.hub.families import FAMILIES, differences
+from megapre.hub.load import Import
+from megapre.models.context import Context
+from megapre.parallel.grid import Grid
+from megapre.parallel.tensor import Linear
+from megapre.training.engine import Engine, build
+from megapre.training.resume import start_from
+from megapre.verify import threads
+from megapre.verify.cells import parse
+
+VOCAB, LENGTH, BATCH = 61, 12, 3
+LLAMA = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": LENGTH,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**LLAMA, "tie_word_embeddings": True}),
+    "llama3": ("llama", {**LLAMA, "rope_parameters": LLAMA3}),
+    "mistral": ("mistral", {**LLAMA, "sliding_window": 5, "head_dim": 12}),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen3": ("qwen3", {**LLAMA, "head_dim": 12, "rope_parameters": YARN, "tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 2},
+    ),
+    "gpt2": ("gpt2", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": LENGTH}),
+}
+LAYOUTS = ["1x1x1", "2x2x1+sp"]
+
+
+def theirs(name: str, folder: Path) -> Any:
+    """A model of ``transformers`` with random weights, no bias or norm at its first value, saved in ``folder``."""
+    kind, settings = MODELS[name]
+    made = transformers.AutoConfig.for_model(kind, **settings)
+    torch.manual_seed(sum(map(ord, name)))
+    model = getattr(transformers, FAMILIES[kind][1])._from_config(made, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+            if parameter.dim() == 1:
+                parameter.add_(0.7)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
+    found = {}
+    for name in MODELS:
+        folder = tmp_path_factory.mktemp(name)
+        found[name] = (theirs(name, folder), folder)
+    return found
+
+
+def microbatch() -> Microbatch:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(VOCAB, (LENGTH + 1, BATCH), generator=generator)
+    positions = torch.arange(LENGTH).unsqueeze(1).expand(LENGTH, BATCH).contiguous()
+    return Microbatch(tokens[:-1], tokens[1:], torch.ones(LENGTH, BATCH), positions, None, torch.arange(BATCH))
+
+
+def job(folder: Path, layout: str, dtype: str = "fp32") -> Config:
+    """A job that starts from ``folder``, without dropout."""
+    cell = parse(layout)
+    model = replace(Import(folder).model, dropout=0.0, attention_dropout=0.0)
+    train = TrainConfig(global_batch=BATCH, microbatch=BATCH)
+    config = Config(model=model, train=train, precision=PrecisionConfig(dtype=dtype), parallel=ParallelConfig(data=1))
+    return check(cell.apply(config), cell.world)
+
+
+def started(grid: Grid, device: torch.device, config: Config, folder: Path) -> Engine:
+    engine = build(config, grid, device, VOCAB)
+    start_from(folder, config, engine.step)
+    return engine
+
+
+def run_one(
+    grid: Grid, device: torch.device, config: Config, folder: Path
+) -> tuple[Tensor | None, float, dict[str, Tensor]]:
+    """Of one rank: its part of the logits, the loss, and gradients by tensor and offset."""
+    engine = started(grid, device, config, folder)
+    logits: list[Tensor] = []
+
+    def keep(output: Linear, x: Tensor, ctx: Context) -> Tensor:
+        logits.append(output(x))
+        return x.new_zeros(())
+
+    step, m = engine.step, microbatch()
+    contexts = step._contexts([m], Counts(LENGTH * BATCH), 0, False, training=False)
+    for context in contexts:
+        context.loss = keep
+    with torch.no_grad():
+        step.executor.run(step._plan(1, False), contexts, step._carried([m]), step.flat)
+    loss, _ = step.compute_gradients([m], Counts(LENGTH * BATCH), 0)
+    gradients = {}
+    for bucket, shard in zip(step.flat.layout.buckets, step.flat.gradients.shards):
+        for slot in bucket.slots:
+            window = tuple(slice(n) for n in slot.size)
+            gradients[f"{slot.spec.name}@{slot.offset}"] = shard[bucket.place(slot)].view(slot.shape)[window].clone()
+    return (logits[0] if logits else None), float(loss), gradients
+
+
+def ends(offset: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(o + n for o, n in zip(offset, size))
+
+
+def gradient_in_their_module(gradients: dict[str, Tensor], name: str) -> Tensor:
+    """The gradient of a tensor of the files; their modules keep experts as stacks, gate and up as one."""
+    found = re.fullmatch(
+        r"(model\.layers\.\d+)\.(?:block_sparse_moe|mlp)\.(?:experts\.(\d+)\.(\w+)|(gate))\.weight", name
+    )
+    if found is None:
+        return gradients[name]
+    block, expert, part, router = found.groups()
+    if router:
+        return gradients[f"{block}.mlp.gate.weight"]
+    if part in ("w2", "down_proj"):
+        return gradients[f"{block}.mlp.experts.down_proj"][int(expert)]
+    both = gradients[f"{block}.mlp.experts.gate_up_proj"][int(expert)]
+    return both.chunk(2)[part in ("w3", "up_proj")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_are_theirs(name: str, layout: str, folders: dict[str, tuple[Any, Path]]) -> None:
+    model, folder = folders[name]
+    config = job(folder, layout)
+    ranks = threads.run(config, parse(layout).world, run_one, config, folder)
+    m = microbatch()
+    model.zero_grad()
+    logits = model(input_ids=m.tokens.T, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), m.targets.T.flatten())
+    loss.backward()
+    parts = [part for part, _, _ in ranks if part is not None]
+    ours = torch.cat(parts, -1)[..., :VOCAB].transpose(0, 1)
+    torch.testing.assert_close(ours, logits.detach(), rtol=0, atol=1e-4)
+    p, q = logits.detach().double().log_softmax(-1), ours.double().log_softmax(-1)
+    assert float((p.exp() * (p - q)).sum(-1).max()) <= 1e-10
+    assert ranks[0][1] == pytest.approx(float(loss), abs=1e-5)
+    links = Import(folder)
+    gradients = {n: parameter.grad for n, parameter in model.named_parameters()}
+    seen: set[str] = set()
+    for _, _, found in ranks:
+        for key, gradient in found.items():
+            ours_name, _, at = key.partition("@")
+            link = links.links[ours_name]
+            offset, size = link.box(links.shapes[ours_name])
+            true = gradient_in_their_module(gradients, link.theirs)[tuple(map(slice, offset, ends(offset, size)))]
+            true = true.T if link.transposed else true
+            corner = tuple(int(n) for n in at.strip("()").split(",") if n.strip())
+            true = true[tuple(map(slice, corner, ends(corner, gradient.shape)))]
+            error = float((gradient - true).norm() / true.norm().clamp_min(1e-2))
+            assert error < 1e-4, f"gradient of {key} is off by {error:.1e}"
+            seen.add(ours_name)
+    assert seen == set(links.shapes)
+
+
+def save(grid: Grid, device: torch.device, config: Config, folder: Path, root: Path) -> Path:
+    """A checkpoint of the imported weights."""
+    engine = started(grid, device, config, folder)
+    pieces = list(engine.step.pieces(share=True))
+    return store.save(root, 1, pieces, {"vocab_size": VOCAB}, rank=0, world=1, sync=store.SingleProcess())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exports_are_bitwise_the_import_and_open_there(
+    name: str, folders: dict[str, tuple[Any, Path]], tmp_path: Path
+) -> None:
+    model, folder = folders[name]
+    config = job(folder, "1x1x1")
+    (checkpoint,) = threads.run(config, 1, save, config, folder, tmp_path / "checkpoints")
+    out = tmp_path / "out"
+    kind = MODELS[name][0]
+    assert export(checkpoint, out, config, VOCAB, kind=kind, shard_bytes=20_000).kind == kind
+    assert len(list(out.glob("*.safetensors"))) > 1
+    before, after = ({n: t for f in p.glob("*.safetensors") for n, t in load_file(f).items()} for p in (folder, out))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    m = microbatch()
+    with torch.no_grad():
+        pair = [one(input_ids=m.tokens.T, use_cache=False).logits for one in (model, opened)]
+    torch.testing.assert_close(pair[0], pair[1], rtol=0, atol=1e-6)
+    assert not differences(Import(out).model, Import(folder).model)
