@@ -8,6 +8,7 @@ done; rank 0's thread then makes the checkpoint valid. One save is under way at 
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 import threading
@@ -150,6 +151,7 @@ class Saver:
                 self._say(f"saved {path} (training waited {time.monotonic() - began:.2f} s)")
                 self._say_problem(self._keep_only(path))
             return
+        state = copy.deepcopy(state)  # it is written at the end, when training has moved on
         ticket = store.agree(self.root, step, self.rank, self.world, self.sync)
         writing = self._start(ticket, list(pieces), state)
         self._pending = _Pending(ticket, state, writing, time.monotonic() - began)

@@ -58,7 +58,10 @@ def test_what_is_saved_is_the_moment_of_the_call(tmp_path, monkeypatch):
         pieces[0][1].fill_(step)
         seen[step] = pieces[0][1].clone()
         began = time.monotonic()
-        saver.save(step, pieces, {"step": step})
+        state = {"step": step, "guard": {"losses": [step]}}
+        saver.save(step, pieces, state)
+        state["step"] = -1
+        state["guard"]["losses"].append(-1)  # type: ignore[index]
         assert time.monotonic() - began < 10 and list_checkpoints(tmp_path)[-1].problem is not None
         pieces[0][1].fill_(float("nan"))
         assert saver.written() == -1, "nothing is written while the writer waits"
@@ -66,7 +69,8 @@ def test_what_is_saved_is_the_moment_of_the_call(tmp_path, monkeypatch):
         saver.finish()
     for step, expected in seen.items():
         path = tmp_path / store.step_name(step)
-        assert check(path) == [] and torch.equal(read(path), expected) and read_state(path) == {"step": step}
+        assert check(path) == [] and torch.equal(read(path), expected)
+        assert read_state(path) == {"step": step, "guard": {"losses": [step]}}
 
 
 def test_the_files_are_those_of_a_synchronous_save(tmp_path, kit, monkeypatch):

@@ -135,7 +135,7 @@ EXHIBITS = (
     Exhibit(68, "moments dropped on load (AReaL PR #1468)", ("moments-not-saved",)),
     Exhibit(69, "every checkpoint held the first one's weights (NeMo RL #3312)", ("every-save-holds-the-first",)),
     Exhibit(70, "finalisation read a step that had moved on (Megatron-Bridge #3267)",
-            later="a save is given its step number when it starts; no mutant yet"),
+            ("state-read-when-the-save-is-finalised",)),
     Exhibit(71, "weights changed under the writer (torchtitan #930)",
             ("asynchronous-save-without-a-copy", "checksums-of-the-copy")),
     Exhibit(72, "tracker left empty by a kill (Megatron-LM checkpointing)", ("the-name-before-the-bytes",)),
