@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +19,11 @@ from megapre.parallel.placement import Address
 
 _SEAL = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 _T = TypeVar("_T")
+
+
+LARGEST_TEXT, LARGEST_CHUNK = 256 * 2**20, 256 * 2**20
+"""Bytes of a root or manifest, and of a chunk, that are believed: memory for them is taken before their content is
+trusted."""
 
 
 class _Fields:
@@ -57,13 +64,26 @@ def _brief(value: object) -> str:
 def _guarded(path: Path, parse: Callable[[bytes], _T]) -> _T:
     """Parse a file's text; whatever is wrong with it becomes one CheckpointError that names it."""
     try:
-        return parse(path.read_bytes())
+        with _regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > LARGEST_TEXT:
+                raise CheckpointError(f"{path} has {size} bytes, more than the {LARGEST_TEXT} that one may have")
+            return parse(file.read())
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+def _regular(path: Path) -> io.FileIO:
+    """A file opened for reading, unbuffered; CheckpointError for a pipe or a device, which could block or never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path} is no regular file")
+    return io.FileIO(descriptor, "rb")
 
 
 def read_root(directory: Path) -> Root:
@@ -102,7 +122,7 @@ def read_manifest(directory: Path, rank: int, root: Root) -> Manifest:
         for name, expected in (("uuid", root.uuid), ("step", root.step), ("rank", rank), ("world", root.world)):
             if fields.take(name, type(expected)) != expected:
                 raise CheckpointError(f"{path} has {name} {_brief(fields.value[name])}, not {expected!r} of {ROOT}")
-        size, chunk = fields.integer("bytes"), fields.integer("chunk", 1)
+        size, chunk = fields.integer("bytes"), fields.integer("chunk", 1, LARGEST_CHUNK)
         sums = fields.integers("crc32", 2**32 - 1)
         if len(sums) != -(-size // chunk):
             raise CheckpointError(f"{path} has {len(sums)} checksums for {size} bytes in chunks of {chunk}")
@@ -157,7 +177,7 @@ class Shard:
         self.path = directory / shard_name(manifest.rank)
         self.manifest = manifest
         try:
-            self._file = open(self.path, "rb", buffering=0)
+            self._file = _regular(self.path)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
         size = os.fstat(self._file.fileno()).st_size

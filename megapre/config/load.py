@@ -34,6 +34,10 @@ TYPE_NAMES = {
 }
 
 
+LARGEST = 2**22
+"""Bytes of a job file that are read."""
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a job file and apply overrides such as ``parallel.tensor=2`` in order.
 
@@ -42,13 +46,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise ConfigError(f"{path} has more than {LARGEST} bytes, which no job file has")
+        tables = tomllib.loads(text.decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {_one_line(error)}") from None
+    except ValueError:  # Python reads no integer of more than 4,300 digits
+        raise ConfigError(f"{path} is not valid TOML: a number in it is too long") from None
     except RecursionError:
         raise ConfigError(f"{path} is not a job file: its values are nested too deeply") from None
     for override in overrides:

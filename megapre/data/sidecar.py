@@ -139,7 +139,7 @@ def read_sidecar(path: str | Path) -> Sidecar | None:
         sidecar = Sidecar(tokenizer=tokenizer, **content)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a record that preprocess_data writes ({error}).") from error
     _check_types(path, sidecar)
     return sidecar

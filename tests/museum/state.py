@@ -249,4 +249,12 @@ STATE = (
         "tests/resilience/test_doctor.py::test_each_fault_of_a_gpu_refuses_the_node",
         "a node with uncorrectable memory errors joins the job",
     ),
+    Mutant(
+        "chunk-of-any-size-is-believed",
+        "megapre/checkpoint/read.py",
+        'fields.integer("chunk", 1, LARGEST_CHUNK)',
+        'fields.integer("chunk", 1)',
+        "tests/faults/test_hostile.py::test_crafted_files_run_no_code_and_take_no_memory",
+        "a crafted manifest makes the reader take a terabyte of memory",
+    ),
 )
