@@ -14,7 +14,7 @@ from megapre.config.limits import fields_fit
 from megapre.config.ramp import clock
 from megapre.config.rules_experts import EXPERT_RULES
 from megapre.config.rules_layout import LAYOUT_RULES
-from megapre.config.rules_model import MODEL_RULES
+from megapre.config.rules_model import HEAD_RULES, MODEL_RULES
 from megapre.config.rules_objectives import OBJECTIVE_RULES
 from megapre.config.rules_ramp import RAMP_RULES
 from megapre.config.schema import Config
@@ -188,6 +188,7 @@ RULES = (
     split_sums_to_one,
     weights_match_paths,
     *OBJECTIVE_RULES,
+    *HEAD_RULES,
     warmup_ends_before_decay,
     schedule_is_described,
     loss_scale_is_exact,

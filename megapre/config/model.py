@@ -30,14 +30,22 @@ class ModelConfig:
     source_sequence: int = 0
     """Tokens that the encoder of an encoder-decoder model reads of a sample."""
     norm: str = "layernorm"
-    """``layernorm`` (arXiv 1607.06450) or ``rmsnorm`` (arXiv 1910.07467), applied before each sub-layer."""
+    """``layernorm`` (arXiv 1607.06450) or ``rmsnorm`` (arXiv 1910.07467)."""
+    norm_placement: str = "pre"
+    """``pre``: each sub-layer reads a norm, the head too (GPT-2, Llama, T5); ``post``: its sum with the residual stream
+    is normed (the first Transformer, GPT-1, BERT)."""
     norm_eps: float = 1e-5
     """Added to the variance inside the norm."""
     activation: str = "gelu"
     """``gelu`` (tanh form, as GPT-2), ``gelu_exact`` (erf form, as BERT), ``relu``, or gated (arXiv 2002.05202)
     ``swiglu`` or ``geglu`` (tanh form)."""
     positions: str = "learned"
-    """``learned`` (GPT-2), ``rope`` (arXiv 2104.09864) or ``none``."""
+    """``learned`` (GPT-2), ``sinusoidal`` (arXiv 1706.03762), ``rope`` (arXiv 2104.09864), ``alibi`` (arXiv
+    2108.12409), ``t5`` (a learned bias by distance, arXiv 1910.10683) or ``none``."""
+    relative_buckets: int = 32
+    """``t5``: distances that are told apart."""
+    relative_distance: int = 128
+    """``t5``: distance from which all share the last bucket."""
     rope_theta: float = 10000.0
     """Base of the RoPE frequencies."""
     rope_interleaved: bool = False
@@ -67,14 +75,31 @@ class ModelConfig:
     """Factor of the attention scores; 1 in T5. 0 means 1 / sqrt(head size)."""
     tied_embeddings: bool = True
     """Whether the output layer shares the token embedding."""
+    embedding_size: int = 0
+    """Width of the embeddings where it is not ``hidden``: a matrix leads from one to the other (ALBERT, ELECTRA)."""
+    embedding_scale: float = 1.0
+    """Factor of the token embeddings; sqrt(hidden) in the first Transformer."""
+    embedding_norm: bool = False
+    """Norm of the summed embeddings (BERT, BLOOM)."""
+    token_types: int = 0
+    """Segments of text that have an embedding of their own (2 in BERT); tokens without a type have type 0."""
+    mlm_transform: bool = False
+    """Dense layer, activation and norm before the output layer, which then has a bias (BERT's masked-LM head)."""
+    sentence_classes: int = 0
+    """Classes of the sentence that its first token tells, by a tanh layer and a linear one (BERT, ALBERT). 0: none."""
+    share_layers: bool = False
+    """All blocks are one block, used ``layers`` times (ALBERT, arXiv 1909.11942)."""
     parallel_block: bool = False
     """Attention and MLP read the same norm and add to the residual together (PaLM, arXiv 2204.02311)."""
     dropout: float = 0.0
     """Probability of dropping a feature after the embedding, the attention output and the MLP."""
     attention_dropout: float = 0.0
     """Probability of dropping an attention weight."""
+    init: str = "scaled"
+    """Initial weights: ``scaled`` (projections into the residual stream over sqrt(2 x layers), GPT-2), ``normal``
+    (BERT), ``depth`` (over sqrt(2 x the layer's number)), ``xavier``, ``he`` or ``tfixup``."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 x layers)."""
+    """Standard deviation of initial embeddings, and of matrices under ``scaled``, ``normal`` and ``depth``."""
 
     experts: int = 0
     """Experts of a mixture-of-experts block (arXiv 1701.06538); 0: every block has one MLP."""
@@ -127,6 +152,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Features per attention head with the default resolved."""
         return self.head_size or self.hidden // self.heads
+
+    @property
+    def n_embedding(self) -> int:
+        """Width of the embeddings with the default resolved."""
+        return self.embedding_size or self.hidden
 
     @property
     def gated(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megapre.config.rules_objectives import PAIRS
 from megapre.config.schema import Config, ModelConfig
 
 MOST_HEADS = 1024
@@ -67,6 +68,64 @@ def rope_is_described(config: Config) -> str | None:
     return None
 
 
+def relative_distances_fit(config: Config) -> str | None:
+    """T5's buckets: half for single distances, the rest up to the farthest; in an encoder half of each side."""
+    model, default = config.model, ModelConfig()
+    if model.positions != "t5":
+        for name in ("relative_buckets", "relative_distance"):
+            if getattr(model, name) != getattr(default, name):
+                return f"model.{name} belongs to model.positions = 't5' but this one is '{model.positions}'"
+        return None
+    sides = 1 if model.architecture == "decoder" else 2
+    if model.relative_buckets % (2 * sides):
+        return f"model.relative_buckets ({model.relative_buckets}) must be a multiple of {2 * sides}"
+    exact = model.relative_buckets // (2 * sides)
+    if model.relative_distance <= exact:
+        return f"model.relative_distance ({model.relative_distance}) must be above {exact}, the single distances"
+    return None
+
+
+def blocks_are_of_one_kind(config: Config) -> str | None:
+    """Where the norms stand, and whether blocks can be one."""
+    model = config.model
+    if model.norm_placement == "post" and model.parallel_block:
+        return "model.parallel_block reads one norm, so it needs model.norm_placement = 'pre', not 'post'"
+    if model.share_layers and model.experts:
+        return "model.share_layers makes all blocks one, which model.experts cannot be: set one of them to 0 or false"
+    return None
+
+
+def heads_have_what_they_read(config: Config) -> str | None:
+    """Widths and activations of what stands around the blocks."""
+    model = config.model
+    if model.mlm_transform and model.gated:
+        return (
+            f"model.mlm_transform applies model.activation to one matrix, so it needs 'gelu', 'gelu_exact' or 'relu', "
+            f"not '{model.activation}'"
+        )
+    if model.embedding_size and model.tied_embeddings and not model.mlm_transform:
+        return (
+            f"model.embedding_size ({model.embedding_size}) with tied embeddings needs model.mlm_transform, which "
+            f"brings features to that width: set it or model.tied_embeddings = false"
+        )
+    if model.architecture == "decoder" and (model.sentence_classes or model.mlm_transform):
+        name = "sentence_classes" if model.sentence_classes else "mlm_transform"
+        return f"model.{name} belongs to model.architecture = 'encoder' but this one is 'decoder'"
+    pairs = config.data.objective in PAIRS
+    if pairs and not model.sentence_classes:
+        return f"data.objective = '{config.data.objective}' needs model.sentence_classes = 2, not 0"
+    if model.sentence_classes and not pairs:
+        return (
+            f"model.sentence_classes ({model.sentence_classes}) needs data.objective = 'next_sentence' or "
+            f"'sentence_order', which label sentences, not '{config.data.objective}': set it to 0"
+        )
+    if pairs and model.token_types == 1:
+        return f"data.objective = '{config.data.objective}' has 2 types of tokens: set model.token_types to 2 or 0"
+    if model.sentence_classes == 1:
+        return "model.sentence_classes must be 0 or at least 2, not 1"
+    return None
+
+
 def dropout_tells_heads_apart(config: Config) -> str | None:
     """The counter of a dropout mask holds 10 bits of the head's number."""
     model = config.model
@@ -83,5 +142,9 @@ MODEL_RULES = (
     kv_heads_divide_heads,
     rope_needs_even_heads,
     rope_is_described,
+    relative_distances_fit,
+    blocks_are_of_one_kind,
     dropout_tells_heads_apart,
 )
+HEAD_RULES = (heads_have_what_they_read,)
+"""After those of objectives, which come first where both are broken."""

@@ -188,24 +188,28 @@ def documents_of(lengths: Tensor, batch: int = 1) -> Tensor:
 
 
 def alibi(slopes: Tensor, mask: Mask, s: int, t: int) -> Tensor:
-    """Bias -slope x |distance| (arXiv 2108.12409) as fp32 [heads, s + t - 1] for slopes [heads]."""
-    return -slopes.float().unsqueeze(1) * distances(mask, s, t, slopes.device).abs()
+    """Bias -slope x |distance| (arXiv 2108.12409) as fp32 (fp64) [heads, s + t - 1] for slopes [heads]."""
+    return -_wide(slopes).unsqueeze(1) * distances(mask, s, t, slopes.device).abs()
 
 
-def alibi_slopes(heads: int) -> Tensor:
+def alibi_slopes(heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Slopes of the ALiBi paper: 2^(-8 i / n) for n a power of two; the rest from the next power's odd steps."""
     n = 1 << (heads.bit_length() - 1)
     own = [2.0 ** (-8 * (i + 1) / n) for i in range(n)]
-    return torch.tensor((own + [2.0 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)])[:heads])
+    return torch.tensor((own + [2.0 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)])[:heads], dtype=dtype)
 
 
 def relative(table: Tensor, mask: Mask, s: int, t: int, *, two_sided: bool, farthest: int = 128) -> Tensor:
-    """T5's relative bias (arXiv 1910.10683) as fp32 [heads, s + t - 1] of a learned table [buckets, heads].
+    """T5's relative bias (arXiv 1910.10683) as fp32 (fp64) [heads, s + t - 1] of a learned table [buckets, heads].
 
     Its gradient reaches the table through torch's indexing; versions of attention give that of the result.
     """
     buckets = bucket(distances(mask, s, t, table.device), table.shape[0], two_sided, farthest)
-    return table[buckets].t().float()
+    return _wide(table[buckets].t())
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def bucket(distance: Tensor, buckets: int, two_sided: bool, farthest: int) -> Tensor:

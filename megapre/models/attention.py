@@ -12,7 +12,7 @@ from megapre.config.schema import ModelConfig
 from megapre.kernels.attention import AttentionDropout
 from megapre.kernels.mask import Mask
 from megapre.models.context import WEIGHTS, Context, site
-from megapre.models.positions import Turn
+from megapre.models.positions import Bias, Turn
 from megapre.models.spec import kv_copies
 from megapre.parallel.comm import Axis
 from megapre.parallel.context import Core
@@ -23,8 +23,8 @@ class Attention(nn.Module):
     """Multi-head attention (arXiv 1706.03762) with grouped keys and values (GQA, arXiv 2305.13245).
 
     Input and output [seq or seq/t, batch, hidden]. Each tensor rank works on its own query heads and on the
-    key/value heads that they read; ``turns`` are done to q and k in this order; ``core`` is attention over the
-    context axis.
+    key/value heads that they read; ``turns`` are done to q and k in this order, ``bias`` is added to the
+    scores; ``core`` is attention over the context axis, of ``parts`` ranks.
     """
 
     def __init__(
@@ -35,13 +35,15 @@ class Attention(nn.Module):
         output: Linear,
         axis: Axis,
         turns: Sequence[Turn],
+        bias: Bias | None,
         core: Core,
+        parts: int = 1,
         recompute: bool = False,
     ) -> None:
         super().__init__()
         self.qkv, self.output, self.core, self.layer = qkv, output, core, layer
-        self.turns = tuple(turns)
-        self.parts = nn.ModuleList(part for part in turns if isinstance(part, nn.Module))
+        self.turns, self.bias, self.parts = tuple(turns), bias, parts
+        self.learned = nn.ModuleList(part for part in (*turns, bias) if isinstance(part, nn.Module))
         self.causal, self.dropout = model.architecture == "decoder", model.attention_dropout
         self.window, self.scale = model.window, model.attention_scale or None
         self.head_dim, self.recompute = model.head_dim, recompute
@@ -61,7 +63,8 @@ class Attention(nn.Module):
             k, v = ctx.cache.append(self.layer, k, v)
         documents = None if ctx.segments is None else (ctx.segments, ctx.segments)
         mask = Mask(causal=self.causal, window=self.window, prefix=ctx.prefix, documents=documents, q_offset=offset)
-        core = partial(self.core, mask=mask, dropout=self._dropout(ctx), scale=self.scale)
+        bias = None if self.bias is None else self.bias(mask, q.shape[0] * self.parts, k.shape[0] * self.parts)
+        core = partial(self.core, mask=mask, bias=bias, dropout=self._dropout(ctx), scale=self.scale)
         if self.recompute and ctx.training:  # dropout is counter-based: there is no generator state to restore
             y = checkpoint(core, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -1,4 +1,4 @@
-"""The layers of a transformer: embedding, block, head. Each maps (context, carry...) to a carry."""
+"""The blocks of a transformer. Like every layer they map (context, carry...) to a carry."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from megapre.config.schema import ModelConfig
 from megapre.kernels.registry import Kernels
 from megapre.models.attention import Attention
-from megapre.models.context import ATTENTION, EMBEDDING, MLP, Context, site
-from megapre.parallel.tensor import Embedding, Linear, sink
+from megapre.models.context import ATTENTION, MLP, Context, site
+from megapre.parallel.tensor import Linear, sink
 
 
 class Norm(nn.Module):
@@ -86,24 +86,6 @@ class Dropout(nn.Module):
         return {"seed": ctx.seed, "step": ctx.step, "site": self.place, "positions": positions, "samples": ctx.samples}
 
 
-class EmbeddingLayer(nn.Module):
-    """Layer 0: token embedding plus learned positions."""
-
-    def __init__(
-        self, model: ModelConfig, tokens: Embedding, positions: nn.Parameter | None, kernels: Kernels
-    ) -> None:
-        super().__init__()
-        self.tokens, self.positions = tokens, positions
-        self.dropout = Dropout(model.dropout, site(0, EMBEDDING), kernels)
-
-    def forward(self, ctx: Context) -> tuple[Tensor, ...]:
-        """Token ids of the context to [rows, batch, hidden]."""
-        x = self.tokens(ctx.tokens)
-        if self.positions is not None:
-            x = x + nn.functional.embedding(ctx.positions[ctx.shard], sink(self.positions))
-        return (self.dropout(ctx, x),)
-
-
 class Block(nn.Module):
     """Layers 1..L: attention and MLP, each reading a norm and adding to the residual (pre-norm)."""
 
@@ -117,36 +99,41 @@ class Block(nn.Module):
         kernels: Kernels,
     ) -> None:
         super().__init__()
-        self.layer, self.attention, self.mlp = layer, attention, mlp
-        self.attention_norm, self.mlp_norm = norms[0], norms[1] if len(norms) > 1 else None
+        self.layer, self.norms, self.attention, self.mlp = layer, nn.ModuleList(norms), attention, mlp
         self.attention_dropout = Dropout(model.dropout, site(layer, ATTENTION), kernels)
         self.mlp_dropout = Dropout(model.dropout, site(layer, MLP), kernels)
 
     def forward(self, ctx: Context, x: Tensor) -> tuple[Tensor, ...]:
         """[rows, batch, hidden] to the same."""
-        h = self.attention_norm(x)
-        attended = self.attention(ctx, h)
-        if self.mlp_norm is None:  # parallel block: the MLP reads the same norm
-            x = self.attention_dropout.join(ctx, x, *attended)
-        else:
-            h, x = self.attention_dropout.join_and_norm(ctx, self.mlp_norm, x, *attended)
-        x = self.mlp_dropout.join(ctx, x, *self.mlp(ctx, h))
+        x = self.body(ctx, x, *self.norms)
         if ctx.rms is not None:
             ctx.rms[self.layer] = x.detach().float().square().mean()
         return (x,)
 
+    def body(self, ctx: Context, x: Tensor, first: Norm, second: Norm) -> Tensor:
+        """The layer's work."""
+        attended = self.attention(ctx, first(x))
+        h, x = self.attention_dropout.join_and_norm(ctx, second, x, *attended)
+        return self.mlp_dropout.join(ctx, x, *self.mlp(ctx, h))
 
-class Head(nn.Module):
-    """Layer L+1: final norm and output layer; the loss when the context has one, else logits."""
 
-    def __init__(self, norm: Norm, output: Linear) -> None:
-        super().__init__()
-        self.norm, self.output = norm, output
+class ParallelBlock(Block):
+    """Attention and MLP read the same norm (PaLM, arXiv 2204.02311)."""
 
-    def forward(self, ctx: Context, x: Tensor) -> tuple[Tensor, ...]:
-        """[rows, batch, hidden] to a scalar, or to logits [seq, batch, local vocabulary]."""
-        x = self.norm(x)
-        return (self.output(x) if ctx.loss is None else ctx.loss(self.output, x, ctx),)
+    def body(self, ctx: Context, x: Tensor, norm: Norm) -> Tensor:  # type: ignore[override]
+        """The layer's work."""
+        h = norm(x)
+        x = self.attention_dropout.join(ctx, x, *self.attention(ctx, h))
+        return self.mlp_dropout.join(ctx, x, *self.mlp(ctx, h))
+
+
+class PostNormBlock(Block):
+    """The sum of a sub-layer and the residual stream is normed (arXiv 1706.03762, BERT)."""
+
+    def body(self, ctx: Context, x: Tensor, first: Norm, second: Norm) -> Tensor:
+        """The layer's work."""
+        x = self.attention_dropout.join_and_norm(ctx, first, x, *self.attention(ctx, x))[0]
+        return self.mlp_dropout.join_and_norm(ctx, second, x, *self.mlp(ctx, x))[0]
 
 
 def mean_square(layers: int, rms: dict[int, Tensor], device: torch.device) -> Tensor:

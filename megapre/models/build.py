@@ -7,14 +7,18 @@ from torch import Tensor, nn
 
 from megapre.config.schema import Config, ModelConfig
 from megapre.data.loader import Microbatch
+from megapre.kernels.mask import alibi_slopes
 from megapre.kernels.registry import Kernels
 from megapre.models import spec
 from megapre.models.attention import Attention
-from megapre.models.block import Block, EmbeddingLayer, FeedForward, Head, Norm
+from megapre.models.block import Block, FeedForward, Norm, ParallelBlock, PostNormBlock
 from megapre.models.context import Context
+from megapre.models.embedding import EmbeddingLayer, Positions, Sinusoids, TokenTypes
+from megapre.models.heads import Head, Sentence, Transform
 from megapre.models.moe import MoE, Router
-from megapre.models.positions import HeadNorm, Rotary, Turn, rope_tables
+from megapre.models.positions import Alibi, Bias, HeadNorm, Relative, Rotary, Turn, rope_tables
 from megapre.parallel.buckets import Buffers
+from megapre.parallel.comm import Axis
 from megapre.parallel.context import over_context, places
 from megapre.parallel.expert import Experts, GroupedLinear
 from megapre.parallel.grid import Grid
@@ -25,6 +29,9 @@ from megapre.parallel.tensor import Embedding, Linear
 from megapre.random.philox import normal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+BLOCKS = {("pre", False): Block, ("pre", True): ParallelBlock, ("post", False): PostNormBlock}
+"""By ``model.norm_placement`` and ``model.parallel_block``."""
 
 
 class Model(nn.Module):
@@ -112,6 +119,7 @@ class Model(nn.Module):
             seed=seed,
             step=step,
             training=training,
+            leads=self.grid.context.rank == 0 and first == 0,
             rope=rope,
         )
 
@@ -136,7 +144,7 @@ class _Builder:
 
     def __init__(self, model: Model, kernels: Kernels, recompute: str, recompute_layers: int) -> None:
         self.grid, self.method, self.device = model.grid, model.context_method, model.device
-        self.config, self.flat, self.kernels = model.config, model.flat, kernels
+        self.config, self.flat, self.kernels, self.dtype = model.config, model.flat, kernels, model.dtype
         self.axis, self.sequence = model.grid.tensor, model.sequence
         self.core = over_context(model.context_method, model.grid.context, kernels.attention)
         self.recompute, self.recompute_layers = recompute, recompute_layers
@@ -150,26 +158,58 @@ class _Builder:
     def layer(self, number: int, recompute_attention: bool) -> nn.Module:
         config = self.config
         if number == 0:
-            learned = config.positions == "learned"
-            positions = self.flat.parameter("embedding.positions.weight") if learned else None
-            return EmbeddingLayer(config, self.embedding(), positions, self.kernels)
+            return self.embedding(config)
         if number == config.layers + 1:
-            weight = "embedding.tokens.weight" if config.tied_embeddings else "head.output.weight"
-            output = Linear("column", self.flat.parameter(weight), None, self.axis, self.sequence)
-            return Head(self.norm("head.norm"), output)
-        return self.block(config, number, f"blocks.{number - 1}", recompute_attention)
+            return self.head(config)
+        return self.block(config, number, spec.block_name(config, number), recompute_attention)
+
+    def embedding(self, config: ModelConfig) -> EmbeddingLayer:
+        added: list[nn.Module] = []
+        if config.positions == "learned":
+            added.append(Positions(self.flat.parameter("embedding.positions.weight")))
+        if config.positions == "sinusoidal":
+            added.append(Sinusoids(config.n_embedding, self.dtype))
+        if config.token_types:
+            added.append(TokenTypes(self.flat.parameter("embedding.types.weight")))
+        tokens = Embedding(self.flat.parameter("embedding.tokens.weight"), self.axis, self.sequence)
+        norm = self.norm("embedding.norm") if config.embedding_norm else None
+        project = self.dense("embedding.project") if self.flat.holds("embedding.project.weight") else None
+        return EmbeddingLayer(config, tokens, added, norm, project, self.kernels)
+
+    def head(self, config: ModelConfig) -> Head:
+        norm = self.norm("head.norm") if config.norm_placement == "pre" else None
+        transform = sentence = None
+        if config.mlm_transform:
+            activation = getattr(self.kernels, config.activation)
+            transform = Transform(self.dense("head.transform"), activation, self.norm("head.transform_norm"))
+        if config.sentence_classes:
+            sentence = Sentence(self.dense("head.pooler"), self.dense("head.sentence"))
+        weight = self.flat.parameter("embedding.tokens.weight" if config.tied_embeddings else "head.output.weight")
+        bias = self.flat.parameter("head.output.bias") if config.mlm_transform else None
+        return Head(norm, transform, Linear("column", weight, bias, self.axis, self.sequence), sentence)
 
     def block(self, config: ModelConfig, number: int, name: str, recompute_attention: bool) -> Block:
-        norms = [self.norm(f"{name}.attention_norm")]
-        if not config.parallel_block:
-            norms.append(self.norm(f"{name}.mlp_norm"))
+        parallel = config.parallel_block
+        norms = [self.norm(f"{name}.{part}") for part in ("attention_norm", "mlp_norm")[: 1 if parallel else 2]]
         qkv = self.linear("column", *(f"{name}.attention.{part}" for part in "qkv"))
         output = self.linear("row", f"{name}.attention.output")
-        turns = self.turns(config, f"{name}.attention")
-        attention = Attention(config, number, qkv, output, self.axis, turns, self.core, recompute_attention)
+        turns, bias = self.turns(config, f"{name}.attention"), self.bias(config)
+        attention = Attention(
+            config, number, qkv, output, self.axis, turns, bias, self.core, self.grid.context.size, recompute_attention
+        )
         make = self.moe if config.has_experts(number) else self.mlp
         mlp = make(config, number, f"{name}.mlp")
-        return Block(config, number, norms, attention, mlp, self.kernels)
+        kind = BLOCKS[config.norm_placement, parallel]
+        return kind(config, number, norms, attention, mlp, self.kernels)
+
+    def bias(self, config: ModelConfig) -> Bias | None:
+        if config.positions == "t5":
+            return Relative(config, self.flat.parameter("embedding.relative.weight"))
+        if config.positions != "alibi":
+            return None
+        own = config.heads // self.axis.size
+        slopes = alibi_slopes(config.heads, self.flat.wide)[self.axis.rank * own : (self.axis.rank + 1) * own]
+        return Alibi(slopes.to(self.device))
 
     def turns(self, config: ModelConfig, name: str) -> list[Turn]:
         turns: list[Turn] = []
@@ -200,12 +240,14 @@ class _Builder:
         shared = self.mlp(config, number, f"{name}.shared") if config.shared_experts else None
         return MoE(router, routed, shared, grid.tensor, self.sequence)
 
-    def embedding(self) -> Embedding:
-        return Embedding(self.flat.parameter("embedding.tokens.weight"), self.axis, self.sequence)
-
     def norm(self, name: str) -> Norm:
         bias = self.flat.parameter(f"{name}.bias") if self.flat.holds(f"{name}.bias") else None
         return Norm(self.flat.parameter(f"{name}.weight"), bias, self.config.norm_eps, self.kernels)
+
+    def dense(self, name: str) -> Linear:
+        """A linear layer that every tensor rank holds whole, for its own rows."""
+        bias = self.flat.parameter(f"{name}.bias") if self.flat.holds(f"{name}.bias") else None
+        return Linear("column", self.flat.parameter(f"{name}.weight"), bias, Axis("alone"), False)
 
     def linear(self, kind: str, *parts: str) -> Linear:
         weight = self.flat.parameter(*(f"{part}.weight" for part in parts))

@@ -84,6 +84,10 @@ class Context:
     """int64 [seq, batch]: factorisation order of the whole sequence (XLNet)."""
     loss: Callable[[Linear, Tensor, Context], Tensor] | None = None
     """Output layer and its input to the scaled loss; None makes the head give logits."""
+    sentence_loss: Callable[[Tensor, Context], Tensor] | None = None
+    """Logits of the sentences' classes [batch, classes] to the scaled loss."""
+    leads: bool = True
+    """Whether the first of this rank's rows is the first token of the sequence."""
     rope: tuple[Tensor, Tensor] | None = None
     """Cosines and sines of this microbatch's positions."""
     cache: KVCache | None = None

@@ -1,4 +1,4 @@
-"""How attention knows where tokens are: parts that turn q and k, put together once from the job's settings."""
+"""How attention knows where tokens are: parts that turn q and k, and biases by distance; chosen once for a job."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from megapre.config.schema import ModelConfig
-from megapre.kernels import rope
+from megapre.kernels import mask, rope
+from megapre.kernels.mask import Mask
 from megapre.kernels.registry import Kernels
 from megapre.models.context import Context
+from megapre.parallel.tensor import sink
 
 Turn = Callable[[Context, Tensor, Tensor], tuple[Tensor, Tensor]]
 """What happens to q [seq, batch, heads, d] and k [seq, batch, kv heads, d] before they meet."""
@@ -39,6 +41,34 @@ class HeadNorm(nn.Module):
     def forward(self, ctx: Context, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise the last dimension of both."""
         return self.q(q), self.k(k)
+
+
+Bias = Callable[[Mask, int, int], Tensor]
+"""Mask, queries s and keys t -> what is added to the scores by distance, fp32 (fp64) [this rank's heads, s + t - 1]."""
+
+
+class Alibi:
+    """Scores fall with the distance, by a slope of each of this rank's heads (arXiv 2108.12409)."""
+
+    def __init__(self, slopes: Tensor) -> None:
+        self.slopes = slopes
+
+    def __call__(self, of: Mask, s: int, t: int) -> Tensor:
+        """The bias of a call."""
+        return mask.alibi(self.slopes, of, s, t)
+
+
+class Relative(nn.Module):
+    """A learned bias of every bucket of distances and head (T5): ``table`` [buckets, this rank's heads]."""
+
+    def __init__(self, model: ModelConfig, table: nn.Parameter) -> None:
+        super().__init__()
+        self.table, self.farthest = table, model.relative_distance
+        self.two_sided = model.architecture != "decoder"
+
+    def forward(self, of: Mask, s: int, t: int) -> Tensor:
+        """The bias of a call."""
+        return mask.relative(sink(self.table), of, s, t, two_sided=self.two_sided, farthest=self.farthest)
 
 
 def rope_tables(model: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

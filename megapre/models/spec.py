@@ -6,11 +6,11 @@ and output layer). Initialisation, synchronisation, norm, clip, decay, checkpoin
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from megapre.config.schema import ModelConfig
+from megapre.models import initial
 from megapre.parallel.placement import Shard, TensorSpec
 
 
@@ -34,24 +34,57 @@ def tensors(model: ModelConfig, vocab_size: int, tensor_ranks: int = 1) -> list[
 
     ``vocab_size`` is the number of real token ids; ``tensor_ranks`` decides how key/value heads are replicated.
     """
-    specs = [
-        TensorSpec(
-            "embedding.tokens.weight", (vocab_size, model.hidden), Shard(0),
-            (0, model.layers + 1) if model.tied_embeddings else (0,), std=model.init_std, decay=True,
-        )
-    ]  # fmt: skip
-    if model.positions == "learned":
-        specs.append(
-            TensorSpec("embedding.positions.weight", (model.sequence, model.hidden), layers=(0,), std=model.init_std)
-        )
-    for layer in range(1, model.layers + 1):
+    specs = _embedding(model, vocab_size)
+    for layer in range(1, (1 if model.share_layers else model.layers) + 1):
         specs += _block(model, layer, tensor_ranks)
-    head = model.layers + 1
-    specs += _norm(model, "head.norm", head)
-    if not model.tied_embeddings:
-        shape = (vocab_size, model.hidden)
-        specs.append(TensorSpec("head.output.weight", shape, Shard(0), (head,), std=model.init_std, decay=True))
+    specs += _head(model, vocab_size)
+    return [replace(spec, std=initial.std(model, spec)) if spec.init == "normal" else spec for spec in specs]
+
+
+def block_name(model: ModelConfig, layer: int) -> str:
+    """Where the tensors of block ``layer``, counted from 1, are found."""
+    return "blocks.0" if model.share_layers else f"blocks.{layer - 1}"
+
+
+def _embedding(model: ModelConfig, vocab_size: int) -> list[TensorSpec]:
+    width, blocks = model.n_embedding, tuple(range(1, model.layers + 1))
+    users = (0, model.layers + 1) if model.tied_embeddings else (0,)
+    specs = [TensorSpec("embedding.tokens.weight", (vocab_size, width), Shard(0), users, decay=True)]
+    if model.positions == "learned":
+        specs.append(TensorSpec("embedding.positions.weight", (model.sequence, width)))
+    if model.token_types:
+        specs.append(TensorSpec("embedding.types.weight", (model.token_types, width)))
+    if model.embedding_norm:
+        specs += _norm(model, "embedding.norm", 0, width)
+    if width != model.hidden:
+        specs += _dense("embedding.project", (model.hidden, width), 0, model.bias)
+    if model.positions == "t5":
+        shape = (model.relative_buckets, model.heads)
+        specs.append(TensorSpec("embedding.relative.weight", shape, Shard(1), blocks))
     return specs
+
+
+def _head(model: ModelConfig, vocab_size: int) -> list[TensorSpec]:
+    layer, hidden = model.layers + 1, model.hidden
+    width = model.n_embedding if model.mlm_transform else hidden
+    specs = _norm(model, "head.norm", layer) if model.norm_placement == "pre" else []
+    if model.mlm_transform:
+        specs += _dense("head.transform", (width, hidden), layer)
+        specs += _norm(model, "head.transform_norm", layer, width)
+    if model.sentence_classes:
+        specs += _dense("head.pooler", (hidden, hidden), layer)
+        specs += _dense("head.sentence", (model.sentence_classes, hidden), layer)
+    if not model.tied_embeddings:
+        specs.append(TensorSpec("head.output.weight", (vocab_size, width), Shard(0), (layer,), decay=True))
+    if model.mlm_transform:
+        specs.append(TensorSpec("head.output.bias", (vocab_size,), Shard(0), (layer,), init="zeros"))
+    return specs
+
+
+def _dense(name: str, shape: tuple[int, int], layer: int, bias: bool = True) -> list[TensorSpec]:
+    """A linear layer [out, in] that every tensor rank holds whole."""
+    weight = TensorSpec(f"{name}.weight", shape, layers=(layer,), decay=True)
+    return [weight, TensorSpec(f"{name}.bias", shape[:1], layers=(layer,), init="zeros")] if bias else [weight]
 
 
 def shared(model: ModelConfig) -> set[tuple[int, ...]]:
@@ -86,8 +119,8 @@ def _spread(layers: int, count: int) -> list[int]:
     return counts
 
 
-def _norm(model: ModelConfig, name: str, layer: int) -> list[TensorSpec]:
-    return _norm_of(model, TensorSpec(f"{name}.weight", (model.hidden,), layers=(layer,), init="ones"))
+def _norm(model: ModelConfig, name: str, layer: int, width: int = 0) -> list[TensorSpec]:
+    return _norm_of(model, TensorSpec(f"{name}.weight", (width or model.hidden,), layers=(layer,), init="ones"))
 
 
 def _norm_of(model: ModelConfig, weight: TensorSpec) -> list[TensorSpec]:
@@ -98,13 +131,13 @@ def _norm_of(model: ModelConfig, weight: TensorSpec) -> list[TensorSpec]:
 
 
 def _block(model: ModelConfig, layer: int, tensor_ranks: int) -> list[TensorSpec]:
-    name, hidden, owner = f"blocks.{layer - 1}", model.hidden, (layer,)
-    out_std = model.init_std / math.sqrt(2 * model.layers)
+    name, hidden = block_name(model, layer), model.hidden
+    owner = tuple(range(1, model.layers + 1)) if model.share_layers else (layer,)
     q_width, kv_width = model.heads * model.head_dim, model.n_kv_heads * model.head_dim
     kv = Shard(0, kv_copies(model, tensor_ranks))
-    specs = _norm(model, f"{name}.attention_norm", layer)
-    if not model.parallel_block:
-        specs += _norm(model, f"{name}.mlp_norm", layer)
+    specs = []
+    for norm in ("attention_norm",) if model.parallel_block else ("attention_norm", "mlp_norm"):
+        specs += [replace(spec, layers=owner) for spec in _norm(model, f"{name}.{norm}", layer)]
     if model.bias:
         specs += [
             TensorSpec(f"{name}.{part}.bias", (hidden,), layers=owner, init="zeros")
@@ -119,7 +152,7 @@ def _block(model: ModelConfig, layer: int, tensor_ranks: int) -> list[TensorSpec
     def matrices(parts: list[tuple[str, int, Shard]], width: int, bias: bool) -> list[TensorSpec]:
         """Weights [out, in] of parts that one fused matrix holds, then their biases."""
         rows = [
-            TensorSpec(f"{name}.{part}.weight", (rows, width), placement, owner, std=model.init_std, decay=True)
+            TensorSpec(f"{name}.{part}.weight", (rows, width), placement, owner, decay=True)
             for part, rows, placement in parts
         ]
         biases = [
@@ -132,18 +165,18 @@ def _block(model: ModelConfig, layer: int, tensor_ranks: int) -> list[TensorSpec
     columns = [("attention.q", q_width, Shard(0)), ("attention.k", kv_width, kv), ("attention.v", kv_width, kv)]
     specs += matrices(columns, hidden, model.has_qkv_bias)
     specs.append(
-        TensorSpec(f"{name}.attention.output.weight", (hidden, q_width), Shard(1), owner, std=out_std, decay=True)
+        TensorSpec(f"{name}.attention.output.weight", (hidden, q_width), Shard(1), owner, decay=True)
     )
     mlps = {"mlp": model.n_ffn}
     if model.has_experts(layer):
-        specs += _experts(model, f"{name}.mlp", owner, out_std)
+        specs += _experts(model, f"{name}.mlp", owner)
         width = model.shared_experts * model.n_expert_hidden
         mlps = {"mlp.shared": width} if width else {}
     for mlp, width in mlps.items():
         parts = [(f"{mlp}.{part}", width, Shard(0)) for part in up_parts(model)]
         specs += matrices(parts, hidden, model.bias)
         specs.append(
-            TensorSpec(f"{name}.{mlp}.down.weight", (hidden, width), Shard(1), owner, std=out_std, decay=True)
+            TensorSpec(f"{name}.{mlp}.down.weight", (hidden, width), Shard(1), owner, decay=True)
         )
     return specs
 
@@ -153,20 +186,20 @@ def up_parts(model: ModelConfig) -> tuple[str, ...]:
     return ("gate", "up") if model.gated else ("up",)
 
 
-def _experts(model: ModelConfig, name: str, owner: tuple[int, ...], out_std: float) -> list[TensorSpec]:
+def _experts(model: ModelConfig, name: str, owner: tuple[int, ...]) -> list[TensorSpec]:
     """The router, then the experts' first matrices, expert by expert, then their second ones."""
     hidden, width = model.hidden, model.n_expert_hidden
     router = TensorSpec(
-        f"{name}.router.weight", (model.experts, hidden), layers=owner, std=model.init_std, decay=True, spread=True
+        f"{name}.router.weight", (model.experts, hidden), layers=owner, decay=True, spread=True
     )
 
-    def of(expert: int, part: str, shape: tuple[int, int], dim: int, std: float) -> TensorSpec:
+    def of(expert: int, part: str, shape: tuple[int, int], dim: int) -> TensorSpec:
         path = f"{name}.experts.{expert}.{part}.weight"
-        return TensorSpec(path, shape, Shard(dim), owner, std=std, decay=True, expert=expert)
+        return TensorSpec(path, shape, Shard(dim), owner, decay=True, expert=expert)
 
     every = range(model.experts)
-    ups = [of(e, part, (width, hidden), 0, model.init_std) for e in every for part in up_parts(model)]
-    return [router, *_fuse(ups + [of(e, "down", (hidden, width), 1, out_std) for e in every])]
+    ups = [of(e, part, (width, hidden), 0) for e in every for part in up_parts(model)]
+    return [router, *_fuse(ups + [of(e, "down", (hidden, width), 1) for e in every])]
 
 
 def _fuse(specs: list[TensorSpec]) -> list[TensorSpec]:

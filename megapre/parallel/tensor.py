@@ -210,12 +210,18 @@ class _HeadLoss(torch.autograd.Function):
         rows = (gather(x, axis) if output.sequence else x).flatten(0, -2)
         width = weight.shape[0]
         valid = max(0, min(width, terms.vocab_size - axis.rank * width))
+        table, main = weight.data, weight.main_grad if training else None  # type: ignore[attr-defined]
+        if output.bias is not None:
+            rows, table, main = _with_column(rows, table, output.bias, training)
         losses, dx = kernels.linear_cross_entropy(
-            rows, weight, targets.flatten() - axis.rank * width, scale, valid,
-            main_grad=weight.main_grad if training else None,  # type: ignore[attr-defined]
+            rows, table, targets.flatten() - axis.rank * width, scale, valid, main_grad=main,
             exchange=alone if axis.size == 1 else partial(_exchange, axis, terms.smoothing > 0),
             smoothing=terms.smoothing, vocab=terms.vocab_size, z_loss=terms.z_loss,
         )  # fmt: skip
+        if output.bias is not None and main is not None:
+            dx = dx[:, : x.shape[-1]].contiguous()
+            weight.main_grad.add_(main[:, : x.shape[-1]])  # type: ignore[attr-defined]
+            output.bias.main_grad.add_(main[:, x.shape[-1]])  # type: ignore[attr-defined]
         ctx.save_for_backward(dx)
         ctx.axis, ctx.sequence, ctx.shape = axis, output.sequence, x.shape
         return (losses * scale).sum()
@@ -228,6 +234,19 @@ class _HeadLoss(torch.autograd.Function):
         else:
             ctx.axis.all_reduce(dx).wait()
         return dx.view(ctx.shape), None, None, None, None, None, None
+
+
+def _with_column(rows: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, W and a main gradient in which the bias is one more column of W, whose feature is 1: x W^T + b = x' W'^T.
+
+    Zeros fill the width up to whole words of the products.
+    """
+    width, wider = weight.shape[1], -(-(weight.shape[1] + 1) // 8) * 8
+    x, table = rows.new_zeros(rows.shape[0], wider), weight.new_zeros(weight.shape[0], wider)
+    x[:, :width], x[:, width] = rows, 1
+    table[:, :width], table[:, width] = weight, bias.data
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return x, table, torch.zeros_like(table, dtype=wide) if training else None
 
 
 def _exchange(axis: Axis, level_wanted: bool, largest: Tensor, total: Tensor, target: Tensor, level: Tensor) -> Sums:

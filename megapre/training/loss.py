@@ -2,6 +2,7 @@
 
 The loss of a step is the sum over its target tokens divided by their number over the whole global batch,
 whatever the microbatches and ranks. Every stage and microbatch gets the same scale, applied here and only here.
+A loss of sentences is divided likewise by its labels, and added.
 Auxiliary losses are sums over sequences, divided by the number of sequences in the global batch.
 """
 
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megapre.kernels.registry import Kernels
 from megapre.models.context import Context
@@ -20,12 +22,18 @@ from megapre.parallel.tensor import Linear, LossTerms, head_loss
 class Loss:
     """Output layer and its input -> the microbatch's part of the step's loss, times the loss scale.
 
-    ``scale`` is a 0-d tensor: loss scale / target tokens of the global batch. Label smoothing and the z-loss are parts
-    of a token's loss, so they share the denominator.
+    ``scale`` and ``label_scale`` are 0-d tensors: loss scale / target tokens, and / labels, of the global batch. Label
+    smoothing and the z-loss are parts of a token's loss, so they share the denominator.
     """
 
-    def __init__(self, scale: Tensor, terms: LossTerms, kernels: Kernels) -> None:
-        self.scale, self.terms, self.kernels = scale, terms, kernels
+    def __init__(self, scale: Tensor, label_scale: Tensor, terms: LossTerms, kernels: Kernels) -> None:
+        self.scale, self.label_scale, self.terms, self.kernels = scale, label_scale, terms, kernels
+
+    def sentence(self, logits: Tensor, context: Context) -> Tensor:
+        """Scaled sum of the cross-entropies of the samples' labels under ``logits`` [batch, classes]."""
+        assert context.labels is not None and context.label_weights is not None
+        losses = functional.cross_entropy(logits.to(self.scale.dtype), context.labels, reduction="none")
+        return (losses * context.label_weights.to(self.scale.dtype)).sum() * self.label_scale
 
     def __call__(self, output: Linear, x: Tensor, context: Context) -> Tensor:
         """Scaled sum of the losses of the tokens whose normed features are ``x`` [seq or seq/t, batch, hidden]."""

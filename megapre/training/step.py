@@ -134,12 +134,13 @@ class TrainStep:
         terms = LossTerms(self.model.vocab_size)
         if training:  # validation reports the plain cross-entropy, whatever the objective adds to it
             terms = replace(terms, smoothing=train.label_smoothing, z_loss=train.z_loss)
-        loss = Loss(self.scaler.value / counts.targets, terms, self.kernels)
+        labels = self.scaler.value / max(1, counts.labels)
+        loss = Loss(self.scaler.value / counts.targets, labels, terms, self.kernels)
         seed = train.seed
         contexts = [self.model.context(m, seed=seed, step=step, training=training) for m in microbatches]
         auxiliary = Auxiliary(self.scaler.value / self._sequences(microbatches))
         for context in contexts:
-            context.loss, context.auxiliary = loss, auxiliary
+            context.loss, context.sentence_loss, context.auxiliary = loss, loss.sentence, auxiliary
             context.rms = {} if rms else None
         return contexts
 

@@ -158,8 +158,10 @@ def scaled_down(config: Config) -> tuple[Config, int]:
             shared_experts=min(2, m.shared_experts), moe_every=min(2, m.moe_every),
             moe_dense_first=min(1, m.moe_dense_first),
         )  # fmt: skip
-    sizes: dict[str, Any] = {"head_size": 10, "window": 5, "rope_original": 64}
+    sizes: dict[str, Any] = {"head_size": 10, "window": 5, "rope_original": 64, "embedding_size": 20}
     model = replace(model, **{name: size for name, size in sizes.items() if getattr(m, name)})
+    if m.positions == "t5":
+        model = replace(model, relative_buckets=8, relative_distance=12)
     train = replace(
         config.train, global_batch=4, microbatch=1, steps=10, device="cpu", threads=1, batch_ramp=[], sequence_ramp=[]
     )
@@ -210,9 +212,23 @@ def _samples(config: Config, vocab_size: int, count: int, generator: torch.Gener
                 documents if config.data.reset_attention else None,
                 torch.tensor([index]),
                 prefix=prefix if config.data.objective == "prefix" else None,
+                **_extras(config, index, generator),
             )
         )
     return batch
+
+
+def _extras(config: Config, index: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """What only some models read: types in two stretches, labels of which some do not count."""
+    model, found = config.model, {}
+    place = torch.arange(model.sequence).unsqueeze(1)
+    cut = torch.randint(model.sequence, (1,), generator=generator)
+    if model.token_types:
+        found["token_types"] = (place > cut).long() * (model.token_types - 1)
+    if model.sentence_classes:
+        found["labels"] = torch.randint(model.sentence_classes, (1,), generator=generator)
+        found["label_weights"] = torch.tensor([float(index % 4 != 1)])
+    return found
 
 
 def share(batch: list[Microbatch], rank: int, size: int, microbatch: int) -> list[Microbatch]:

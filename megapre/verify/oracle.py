@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megapre.config.schema import Config
+from megapre.config.schema import Config, ModelConfig
 from megapre.data.loader import Microbatch
 from megapre.models import spec
 from megapre.models.build import DTYPES
@@ -22,8 +22,9 @@ from megapre.models.context import EMBEDDING, site
 from megapre.optim.schedule import learning_rate
 from megapre.random.philox import normal
 from megapre.verify import oracle_moe, oracle_optim
-from megapre.verify.oracle_block import Dropper, Weights, block, mlp, norm
+from megapre.verify.oracle_block import Dropper, Weights, block, linear, mlp, norm, pointwise
 from megapre.verify.oracle_moe import Ledger
+from megapre.verify.oracle_positions import sinusoid
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ def train(config: Config, vocab_size: int, batches: Sequence[Sequence[Microbatch
     biases = oracle_moe.initial_biases(config.model)
     first: Weights = {}
     for step, batch in enumerate(batches):
-        count = sum(float(m.weights.sum()) for m in batch)
-        total = torch.zeros((), dtype=torch.float64)
         ledgers.append(Ledger(biases))
-        for m in batch:
-            total = total + loss_sum(config, weights, m, step, ledgers[-1])
-        loss = total / count
+        sums = [loss_sums(config, weights, m, step, ledgers[-1]) for m in batch]
+        loss = torch.stack([tokens for tokens, _ in sums]).sum() / sum(float(m.weights.sum()) for m in batch)
+        if config.model.sentence_classes:
+            labels = sum(float(_labels(m)[1].sum()) for m in batch)
+            loss = loss + torch.stack([sentences for _, sentences in sums]).sum() / labels
         for w in weights.values():
             w.grad = None
         (loss + ledgers[-1].auxiliary / sum(m.tokens.shape[1] for m in batch)).backward()
@@ -95,29 +96,68 @@ def _gradient(weight: Tensor) -> Tensor:
     return weight.grad
 
 
+def _labels(m: Microbatch) -> tuple[Tensor, Tensor]:
+    assert m.labels is not None and m.label_weights is not None
+    return m.labels, m.label_weights.double()
+
+
 def loss_sum(config: Config, w: Weights, m: Microbatch, step: int, ledger: Ledger | None = None) -> Tensor:
     """Sum over the microbatch's target tokens of their cross-entropy, label-smoothed, with the z-loss."""
-    scores = logits(config, w, m, Dropper(config, m, step), ledger).flatten(0, 1)
+    return loss_sums(config, w, m, step, ledger)[0]
+
+
+def loss_sums(
+    config: Config, w: Weights, m: Microbatch, step: int | None, ledger: Ledger | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sums over target tokens and over labelled samples of their losses."""
+    x = features(config, w, m, Dropper(config, m, step), ledger)
+    scores = vocabulary(config.model, w, x).flatten(0, 1)
     smoothing = config.train.label_smoothing
     losses = F.cross_entropy(scores, m.targets.flatten(), reduction="none", label_smoothing=smoothing)
     losses = losses + config.train.z_loss * scores.logsumexp(-1).square()
-    return (losses * m.weights.double().flatten()).sum()
+    sentences = torch.zeros((), dtype=torch.float64)
+    if config.model.sentence_classes:
+        labels, weights = _labels(m)
+        classes = linear(w, "head.sentence", torch.tanh(linear(w, "head.pooler", x[0])))
+        sentences = (F.cross_entropy(classes, labels, reduction="none") * weights).sum()
+    return (losses * m.weights.double().flatten()).sum(), sentences
 
 
 def logits(
     config: Config, w: Weights, m: Microbatch, drop: Dropper | None = None, ledger: Ledger | None = None
 ) -> Tensor:
-    """Scores of every next token, [seq, batch, vocabulary]; without ``drop``, as the trained model gives them."""
+    """Scores of every token, [seq, batch, vocabulary]; without ``drop``, as the trained model gives them."""
+    return vocabulary(config.model, w, features(config, w, m, drop or Dropper(config, m, None), ledger))
+
+
+def features(config: Config, w: Weights, m: Microbatch, drop: Dropper, ledger: Ledger | None = None) -> Tensor:
+    """What the heads read, [seq, batch, hidden]."""
     model = config.model
-    if drop is None:
-        drop = Dropper(config, m, None)
-    x = w["embedding.tokens.weight"][m.tokens]  # [seq, batch, hidden]
-    if model.positions == "learned":
-        x = x + w["embedding.positions.weight"][m.positions]
-    x = drop(x, model.dropout, site(0, EMBEDDING))
+    x = embedded(model, w, m, drop)
     for index in range(model.layers):
         work = partial(oracle_moe.apply, ledger=ledger) if model.has_experts(index + 1) else mlp
-        x = block(model, w, f"blocks.{index}", index + 1, x, m, drop, work)
-    x = norm(model, w, "head.norm", x)
+        x = block(model, w, f"blocks.{0 if model.share_layers else index}", index + 1, x, m, drop, work)
+    return x if model.norm_placement == "post" else norm(model, w, "head.norm", x)
+
+
+def embedded(model: ModelConfig, w: Weights, m: Microbatch, drop: Dropper) -> Tensor:
+    """The first block's input."""
+    x = w["embedding.tokens.weight"][m.tokens] * model.embedding_scale
+    if model.positions == "learned":
+        x = x + w["embedding.positions.weight"][m.positions]
+    if model.positions == "sinusoidal":
+        x = x + sinusoid(m.positions, x.shape[-1])
+    if model.token_types:
+        x = x + w["embedding.types.weight"][torch.zeros_like(m.tokens) if m.token_types is None else m.token_types]
+    if model.embedding_norm:
+        x = norm(model, w, "embedding.norm", x)
+    x = drop(x, model.dropout, site(0, EMBEDDING))
+    return linear(w, "embedding.project", x) if "embedding.project.weight" in w else x
+
+
+def vocabulary(model: ModelConfig, w: Weights, x: Tensor) -> Tensor:
+    """Scores of all tokens from the features [..., hidden]."""
+    if model.mlm_transform:
+        x = norm(model, w, "head.transform_norm", pointwise(model.activation, linear(w, "head.transform", x)))
     output = w["embedding.tokens.weight" if model.tied_embeddings else "head.output.weight"]
-    return x @ output.T
+    return F.linear(x, output, w.get("head.output.bias"))

@@ -12,7 +12,7 @@ from megapre.config.schema import Config, ModelConfig
 from megapre.data.loader import Microbatch
 from megapre.models.context import ATTENTION, MLP, WEIGHTS, site
 from megapre.random.philox import keep_mask
-from megapre.verify.oracle_positions import rotate
+from megapre.verify.oracle_positions import relative_bias, rotate, slopes
 
 Weights = dict[str, Tensor]
 
@@ -51,13 +51,25 @@ def block(
     work: Callable[[ModelConfig, Weights, str, Tensor], Tensor],
 ) -> Tensor:
     """One layer of [seq, batch, hidden]; ``work`` is its MLP or mixture of experts."""
-    h = norm(model, w, f"{name}.attention_norm", x)
-    attended = drop(_attention(model, w, f"{name}.attention", layer, h, m, drop), model.dropout, site(layer, ATTENTION))
+
+    def attend(x: Tensor) -> Tensor:
+        attended = _attention(model, w, f"{name}.attention", layer, x, m, drop)
+        return drop(attended, model.dropout, site(layer, ATTENTION))
+
+    def think(x: Tensor) -> Tensor:
+        return drop(work(model, w, f"{name}.mlp", x), model.dropout, site(layer, MLP))
+
+    def normed(which: str, x: Tensor) -> Tensor:
+        return norm(model, w, f"{name}.{which}_norm", x)
+
     if model.parallel_block:
-        return x + attended + drop(work(model, w, f"{name}.mlp", h), model.dropout, site(layer, MLP))
-    x = x + attended
-    h = norm(model, w, f"{name}.mlp_norm", x)
-    return x + drop(work(model, w, f"{name}.mlp", h), model.dropout, site(layer, MLP))
+        h = normed("attention", x)
+        return x + attend(h) + think(h)
+    if model.norm_placement == "post":
+        x = normed("attention", x + attend(x))
+        return normed("mlp", x + think(x))
+    x = x + attend(normed("attention", x))
+    return x + think(normed("mlp", x))
 
 
 def norm(model: ModelConfig, w: Weights, name: str, x: Tensor) -> Tensor:
@@ -67,22 +79,23 @@ def norm(model: ModelConfig, w: Weights, name: str, x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], model.norm_eps)
 
 
-def _linear(w: Weights, name: str, x: Tensor) -> Tensor:
+def linear(w: Weights, name: str, x: Tensor) -> Tensor:
+    """A layer by its name."""
     return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
 
 def mlp(model: ModelConfig, w: Weights, name: str, x: Tensor) -> Tensor:
     """Two or three matrices around an activation."""
-    return _linear(w, f"{name}.down", activated(model, w, name, x))
+    return linear(w, f"{name}.down", activated(model, w, name, x))
 
 
 def activated(model: ModelConfig, w: Weights, name: str, x: Tensor) -> Tensor:
     """The middle of an MLP."""
-    up = _linear(w, f"{name}.up", x)
+    up = linear(w, f"{name}.up", x)
     if model.activation == "swiglu":
-        return F.silu(_linear(w, f"{name}.gate", x)) * up
+        return F.silu(linear(w, f"{name}.gate", x)) * up
     if model.activation == "geglu":
-        return F.gelu(_linear(w, f"{name}.gate", x), approximate="tanh") * up
+        return F.gelu(linear(w, f"{name}.gate", x), approximate="tanh") * up
     return pointwise(model.activation, up)
 
 
@@ -97,8 +110,9 @@ def _attention(
     model: ModelConfig, w: Weights, name: str, layer: int, x: Tensor, m: Microbatch, drop: Dropper
 ) -> Tensor:
     length, batch, _ = x.shape
+    place = torch.arange(length)
     q, k, v = (
-        _linear(w, f"{name}.{part}", x).view(length, batch, heads, model.head_dim).permute(1, 2, 0, 3)
+        linear(w, f"{name}.{part}", x).view(length, batch, heads, model.head_dim).permute(1, 2, 0, 3)
         for part, heads in (("q", model.heads), ("k", model.n_kv_heads), ("v", model.n_kv_heads))
     )  # [batch, heads, seq, head_dim]
     if model.qk_norm:
@@ -108,13 +122,16 @@ def _attention(
     repeat = model.heads // model.n_kv_heads
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     scores = q @ k.transpose(-1, -2) * (model.attention_scale or model.head_dim**-0.5)
+    if model.positions == "alibi":
+        scores = scores - slopes(model.heads)[:, None, None] * (place[:, None] - place[None, :]).abs()
+    if model.positions == "t5":
+        scores = scores + relative_bias(model, w["embedding.relative.weight"], length)
     visible = torch.ones(batch, length, length, dtype=torch.bool)
     if model.architecture == "decoder":
         visible = visible.tril()
     if m.prefix is not None:
-        visible = visible | (torch.arange(length) < m.prefix[:, None])[:, None, :]
+        visible = visible | (place < m.prefix[:, None])[:, None, :]
     if model.window:
-        place = torch.arange(length)
         visible = visible & ((place[:, None] - place[None, :]).abs() < model.window)
     if m.segments is not None:
         documents = m.segments.T
@@ -122,4 +139,4 @@ def _attention(
     probabilities = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
     probabilities = drop.attention(probabilities, model.attention_dropout, layer)
     mixed = (probabilities @ v).permute(2, 0, 1, 3).reshape(length, batch, -1)
-    return _linear(w, f"{name}.output", mixed)
+    return linear(w, f"{name}.output", mixed)

@@ -24,6 +24,44 @@ def rotate(model: ModelConfig, x: Tensor, positions: Tensor) -> Tensor:
     return torch.cat((rotated.real, rotated.imag), -1).view(*x.shape[:-1], d)
 
 
+def sinusoid(position: Tensor, width: int) -> Tensor:
+    """Fixed positions [..., width], feature by feature."""
+    columns = []
+    for feature in range(width):
+        angle = position.double() / 10000 ** ((feature - feature % 2) / width)
+        columns.append(angle.cos() if feature % 2 else angle.sin())
+    return torch.stack(columns, -1)
+
+
+def slopes(heads: int) -> Tensor:
+    """ALiBi's slope of each head: a geometric sequence; where heads are no power of two, odd terms of the next one."""
+    power = 2 ** math.floor(math.log2(heads))
+    first = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    rest = [2 ** (-8 * (i + 1) / (2 * power)) for i in range(2 * power)][::2]
+    return torch.tensor((first + rest)[:heads], dtype=torch.float64)
+
+
+def relative_bias(model: ModelConfig, table: Tensor, length: int) -> Tensor:
+    """T5's bias [heads, query, key] of a table [buckets, heads], pair by pair."""
+    buckets = [[bucket(model, key - query) for key in range(length)] for query in range(length)]
+    return table[torch.tensor(buckets)].permute(2, 0, 1)
+
+
+def bucket(model: ModelConfig, distance: int) -> int:
+    """Bucket of key - query: half of them for each single distance, the rest growing by a constant factor."""
+    count, first = model.relative_buckets, 0
+    if model.architecture == "decoder":
+        away = max(0, -distance)
+    else:
+        count //= 2
+        first, away = (count if distance > 0 else 0), abs(distance)
+    exact = count // 2
+    if away < exact:
+        return first + away
+    way = math.log(away / exact) / math.log(model.relative_distance / exact)
+    return first + min(count - 1, math.floor(exact + way * (count - exact)))
+
+
 def frequency(model: ModelConfig, i: int) -> float:
     """Radians a position of pair ``i``."""
     d, theta, factor = model.head_dim, model.rope_theta, model.rope_factor

@@ -369,16 +369,17 @@ def _limit(name: str, base: dict[str, float], resolution: float) -> float:
     """Arm B's limit for one quantity, from the unsharded run's errors.
 
     One error is one draw of rounding noise and may be small by luck, so a tensor is held to the worst of its
-    kin (the same tensor of every block; all norms), and losses and norms to the median error of the gradients, of which
-    they are sums.
+    kin (the same tensor of every block; all norms), one without kin to the median of all tensors too, and losses and
+    norms to the median error of the gradients, of which they are sums.
     """
     if name == "replicas" or name.startswith("padding"):
         return 0.5
     if name.startswith("choice"):
         return CHOICE * resolution
     kin = [error for key, error in base.items() if _kin(key) == _kin(name)]
-    if name.startswith(("loss", "grad_norm")):
-        kin.append(statistics.median(error for key, error in base.items() if key.startswith("gradient/")))
+    like = "gradient/" if name.startswith(("loss", "grad_norm")) else name.partition("/")[0] + "/"
+    if len(kin) == 1 or like == "gradient/" != name[: len(like)]:
+        kin.append(statistics.median(error for key, error in base.items() if key.startswith(like)))
     worst = max(kin)
     if not math.isfinite(worst):
         return 0.0  # an unsharded run that overflows measures nothing
@@ -387,4 +388,5 @@ def _limit(name: str, base: dict[str, float], resolution: float) -> float:
 
 def _kin(name: str) -> str:
     """What ``name`` shares its baseline with: the same tensor of other blocks, a norm with every other norm."""
-    return re.sub(r"\d+", "*", re.sub(r"(blocks\.\d+\.\w+_norm|head\.norm)", "norm", name))
+    norms = r"(blocks\.\d+\.\w+_norm|head\.norm|head\.transform_norm|embedding\.norm)"
+    return re.sub(r"\d+", "*", re.sub(norms, "norm", name))

@@ -362,8 +362,8 @@ MUTANTS = (
     Mutant(
         "layer-number-forgotten",
         "megapre/models/build.py",
-        "attention = Attention(config, number, qkv",
-        "attention = Attention(config, 1, qkv",
+        "config, number, qkv, output, self.axis",
+        "config, 1, qkv, output, self.axis",
         f"{LAYOUTS}[llama-2x1x1]",
         "Megatron-LM !2592: an option that depends on the layer took the wrong number",
     ),
