@@ -30,6 +30,7 @@ KERNELS = {
     "philox.cpp": ["-ffp-contract=off"],
     "attention.cpp": ["-ffp-contract=fast"],
     "moe.cpp": ["-ffp-contract=fast"],
+    "tiles.cpp": ["-ffp-contract=fast"],
 }
 VARIANTS = {
     "portable": [],
@@ -40,6 +41,8 @@ VARIANTS = {
 }  # fmt: skip
 # AMX: tiles of bf16, for products.
 VARIANTS["amx"] = [*VARIANTS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+TILED = ("attention.cpp", "moe.cpp", "tiles.cpp")
+UNTILED = ("kernels.cpp", "philox.cpp", "attention.cpp", "moe.cpp")
 Job = tuple[list[str], Path, Path]
 """Command without its output, source, object."""
 
@@ -55,7 +58,7 @@ def cpp_jobs(objects: Path) -> tuple[list[Job], list[str]]:
     jobs: list[Job] = []
     for source, extra in KERNELS.items():
         for variant, flags in VARIANTS.items():
-            if variant == "amx" and source not in ("attention.cpp", "moe.cpp"):
+            if source not in (TILED if variant == "amx" else UNTILED):
                 continue
             if variant == "portable" or x86:
                 command = [*compiler, *FLAGS, *MATH, *extra, *flags, f"-DMEGAPRE_VARIANT={variant}"]

@@ -37,13 +37,17 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def rope_qk(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Rotate q [s, b, hq, d] and k [s, b, hk, d] by fp32 tables [s, b, d/2] in one launch, into new memory."""
-    return _Rope.apply(q, k, cos, sin, interleaved)
+    """Rotate q [s, b, hq, d] and k [s, b, hk, d] by fp32 tables [s, b, d/2] in one launch.
+
+    ``in_place``: in their own memory, and backward in that of their gradients; the caller promises that nothing else
+    reads the four.
+    """
+    return _Rope.apply(q, k, cos, sin, interleaved, in_place)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate x [s, b, heads, d] by fp32 tables [s, b, d/2]."""
-    return _Rope.apply(x, x[:, :, :0], cos, sin, interleaved)[0]
+    return _Rope.apply(x, x[:, :, :0], cos, sin, interleaved, False)[0]
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -57,10 +61,12 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Row losses [n] and the gradient of x [n, h]; that of the weight is added to ``main_grad`` fp32 [v, h].
 
-    Products by cuBLAS, chunk by chunk.
+    Products by cuBLAS, chunk by chunk; a whole vocabulary's statistics and gradient are one kernel.
     """
     parts = (cuda.cross_entropy_statistics, cuda.cross_entropy_gradient_)
-    return whole.chunked(*parts, x, weight, targets, scale, valid, main_grad, exchange, options)
+    return whole.chunked(
+        *parts, x, weight, targets, scale, valid, main_grad, exchange, options, whole_=cuda.cross_entropy_fused_
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -95,16 +101,27 @@ class _Rope(torch.autograd.Function):
     """Saves the tables; the gradient is turned back by the same kernel."""
 
     @staticmethod
-    def forward(ctx, q, k, cos, sin, interleaved):  # type: ignore[no-untyped-def]
+    def forward(ctx, q, k, cos, sin, interleaved, in_place):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        q, k = (x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous() for x in (q, k))
-        return cuda.rope(q, k, cos, sin, interleaved=interleaved, inverse=False)
+        ctx.interleaved, ctx.in_place = interleaved, in_place
+        q, k = cuda.rope(_heads(q), _heads(k), cos, sin, interleaved=interleaved, inverse=False, inplace=in_place)
+        # Aliases of the inputs, not the inputs: the promise above stands in for autograd's version counter.
+        return q.detach(), k.detach()
 
     @staticmethod
     def backward(ctx, grad_q, grad_k):  # type: ignore[no-untyped-def]
-        q, k = grad_q.contiguous(), grad_k.contiguous()
-        return *cuda.rope(q, k, *ctx.saved_tensors, interleaved=ctx.interleaved, inverse=True), None, None, None
+        turned = cuda.rope(
+            _heads(grad_q), _heads(grad_k), *ctx.saved_tensors, interleaved=ctx.interleaved, inverse=True,
+            inplace=ctx.in_place,
+        )  # fmt: skip
+        return *turned, None, None, None, None
+
+
+def _heads(x: Tensor) -> Tensor:
+    """x [s, b, heads, d] as the kernel reads it: whole heads, evenly spaced tokens."""
+    s, b, heads, d = x.shape
+    whole = x.stride(3) == 1 and (heads == 1 or x.stride(2) == d)
+    return x if whole and (s == 1 or b == 1 or x.stride(0) == b * x.stride(1)) else x.contiguous()
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -8,6 +8,8 @@ gradients come from one pass over the chunks, 3 products in all; the row scale m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +27,9 @@ against its memory: dW is read and written once a chunk."""
 COLUMNS = 4096
 """Columns of a chunk's logits that lie together on the CPU; a GPU wants whole rows, which its kernels read once."""
 
+TILE = 32
+"""Rows and columns of the blocks that AMX multiplies."""
+
 Add = Callable[[Tensor, Tensor], object]
 """Adds its second argument to its first, which may be wider."""
 
@@ -32,6 +37,33 @@ Add = Callable[[Tensor, Tensor], object]
 def alone(maximum: Tensor, total: Tensor, target: Tensor, level: Tensor) -> Sums:
     """The exchange of a rank that holds the whole vocabulary."""
     return maximum + torch.log(total), target, level
+
+
+class Chunks(Protocol):
+    """The vocabulary against one chunk of rows at a time: the last chunk's logits are in its memory."""
+
+    def sums(self, x: Tensor, targets: Tensor, scale: Tensor, exchange: Exchange) -> Sums:
+        """Logits of x [rows, h] and their sums over all ranks."""
+
+    def gradients(self, x: Tensor, targets: Tensor, scale: Tensor, lse: Tensor, dx: Tensor) -> None:
+        """Write the gradient of x, given what ``sums`` was given, and add that of the weight to its main gradient."""
+
+
+def by_chunks(
+    chunks: Chunks, rows: int, x: Tensor, targets: Tensor, scale: Tensor, exchange: Exchange, options: dict[str, float],
+    training: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Row losses [n] and the gradient of x [n, h], empty unless ``training``; ``options``: smoothing, vocab, z_loss."""
+    losses = torch.empty(x.shape[0], dtype=scale.dtype, device=x.device)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if training else x[:0]
+    for start in range(0, x.shape[0], rows):
+        piece = slice(start, min(start + rows, x.shape[0]))
+        part = x[piece], targets[piece], scale[piece]
+        lse, target, level = chunks.sums(*part, exchange)
+        losses[piece] = _losses(lse, target, level, scale[piece], options)
+        if training:
+            chunks.gradients(*part, lse, dx[piece])
+    return losses, dx
 
 
 def linear_ce_reference(
@@ -83,6 +115,12 @@ def linear_ce_cpp(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``linear_ce_reference`` by chunks, with the local parts in C++; CPU, fp32 or bf16."""
     parts = (cross_entropy.statistics_cpp, cross_entropy.gradient_cpp_)
+    check(x, weight, targets, scale, valid, main_grad)
+    if _suits_tiles(x, weight, main_grad):
+        cross_entropy.check_smoothing(options.get("smoothing", 0.0), int(options.get("vocab", 0)))
+        rows = max(1, min(ROWS, x.shape[0]))
+        chunks = _Tiles(weight.detach(), valid, rows, main_grad, options)
+        return by_chunks(chunks, rows, x.detach(), targets, scale, exchange, options, main_grad is not None)
     # torch's sum of two types is several times slower than memory.
     add_ = torch.ops.megapre.accumulate_ if main_grad is not None and main_grad.is_contiguous() else Tensor.add_
     return chunked(*parts, x, weight, targets, scale, valid, main_grad, exchange, options, add_=add_)
@@ -101,59 +139,130 @@ def chunked(
     options: dict[str, float],
     rows: int = 0,
     add_: Add = Tensor.add_,
+    whole_: Callable[..., Sums] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Any version from the versions of its two local parts; ``options``: smoothing, vocab, z_loss."""
+    """Any version from the versions of its two local parts; ``options``: smoothing, vocab, z_loss.
+
+    ``whole_``: both parts in one kernel, for a rank that holds the whole vocabulary.
+    """
     check(x, weight, targets, scale, valid, main_grad)
-    x, weight = x.detach(), weight.detach()
-    n, vocabulary = x.shape[0], weight.shape[0]
+    cross_entropy.check_smoothing(options.get("smoothing", 0.0), int(options.get("vocab", 0)))
+    x, weight = x.detach(), weight.detach()  # products into given memory are not for autograd
     on_cpu = x.device.type == "cpu"
-    rows, columns = rows or (ROWS if on_cpu else GPU_ROWS), COLUMNS if on_cpu else vocabulary
-    losses = torch.empty(n, dtype=scale.dtype, device=x.device)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if main_grad is not None else x[:0]
-    buffer = x.new_empty(min(rows, n) * vocabulary)
-    starts = range(0, vocabulary, columns)
-    for start in range(0, n, rows):
-        piece = slice(start, min(start + rows, n))
-        count = piece.stop - start
-        # Each block of columns has its rows together: products of wide rows miss the TLB and take twice the time.
-        blocks = [
-            _Block(weight[c : c + columns], buffer[count * c :], targets[piece] - c, max(0, min(valid - c, columns)))
-            for c in starts
-        ]
+    rows = max(1, min(rows or (ROWS if on_cpu else GPU_ROWS), x.shape[0]))
+    parts = _Parts(statistics, gradient_, whole_, add_)
+    chunks = _Blocks(parts, weight, valid, rows, COLUMNS if on_cpu else weight.shape[0], main_grad, options)
+    return by_chunks(chunks, rows, x, targets, scale, exchange, options, main_grad is not None)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The local parts of one version."""
+
+    statistics: Callable[..., cross_entropy.Statistics]
+    gradient_: Callable[..., Tensor]
+    whole_: Callable[..., Sums] | None
+    add_: Add
+
+
+class _Blocks:
+    """Chunks whose products are torch's; logits in blocks of columns, each block in one piece of memory.
+
+    Products of wide rows miss the TLB of a CPU and take twice the time.
+    """
+
+    def __init__(
+        self, parts: _Parts, weight: Tensor, valid: int, rows: int, columns: int, main_grad: Tensor | None,
+        options: dict[str, float],
+    ) -> None:  # fmt: skip
+        self.parts, self.valid, self.main_grad, self.options = parts, valid, main_grad, options
+        self.memory = weight.new_empty(rows * weight.shape[0])
+        self.starts = range(0, weight.shape[0], columns)
+        self.weights = [weight[start : start + columns] for start in self.starts]
+        self.at_once = False
+        """Whether statistics and gradient of the chunk were one kernel."""
+
+    def _blocks(self, rows: int, targets: Tensor) -> list[tuple[Tensor, Tensor, int]]:
+        """(logits, targets, real columns) of every block, as they lie in the memory."""
+        pieces = []
+        for start, weight in zip(self.starts, self.weights):
+            width = weight.shape[0]
+            logits = self.memory[rows * start :][: rows * width].view(rows, width)
+            pieces.append((logits, targets - start, max(0, min(self.valid - start, width))))
+        return pieces
+
+    def sums(self, x: Tensor, targets: Tensor, scale: Tensor, exchange: Exchange) -> Sums:
+        blocks = self._blocks(x.shape[0], targets)
+        options = self.options
+        whole_ = self.parts.whole_
+        whole = len(blocks) == 1 and exchange is alone and options.get("vocab", 0) in (0, self.valid)
+        self.at_once = whole and whole_ is not None and self.main_grad is not None
+        if self.at_once and whole_ is not None:
+            logits, local, valid = blocks[0]
+            torch.mm(x, self.weights[0].t(), out=logits)
+            more = {name: options.get(name, 0.0) for name in ("smoothing", "z_loss")}
+            return whole_(logits, local, scale, valid, **more)
         found = []
-        for block in blocks:
-            torch.mm(x[piece], block.weight.t(), out=block.logits)
-            found.append(statistics(block.logits, block.targets, block.valid))
-        lse, target, level = exchange(*_merged(found))
-        losses[piece] = _losses(lse, target, level, scale[piece], options)
-        if main_grad is None:
-            continue
-        for block in blocks:
-            gradient_(block.logits, block.targets, lse, scale[piece], block.valid, **options)
-        add_products(dx[piece], main_grad, [(block.weight, block.logits) for block in blocks], x[piece], add_)
-    return losses, dx
+        for (logits, local, valid), weight in zip(blocks, self.weights):
+            torch.mm(x, weight.t(), out=logits)
+            found.append(self.parts.statistics(logits, local, valid))
+        return exchange(*(found[0] if len(found) == 1 else _merged(*(torch.stack(c) for c in zip(*found)))))
+
+    def gradients(self, x: Tensor, targets: Tensor, scale: Tensor, lse: Tensor, dx: Tensor) -> None:
+        assert self.main_grad is not None
+        blocks = self._blocks(x.shape[0], targets)
+        for logits, local, valid in [] if self.at_once else blocks:
+            self.parts.gradient_(logits, local, lse, scale, valid, **self.options)
+        pairs = [(weight, logits) for weight, (logits, _, _) in zip(self.weights, blocks)]
+        _add_products(dx, self.main_grad, pairs, x, self.parts.add_)
 
 
-class _Block:
-    """A chunk's logits against some rows of the vocabulary."""
+class _Tiles:
+    """Chunks on a processor with AMX, bf16 (``csrc/cpu/tiles.cpp``): what products give is used while in the cache.
 
-    def __init__(self, weight: Tensor, memory: Tensor, targets: Tensor, valid: int) -> None:
-        self.weight, self.targets, self.valid = weight, targets, min(valid, weight.shape[0])
-        count, width = targets.shape[0], weight.shape[0]
-        self.logits = memory[: count * width].view(count, width)
+    Of the logits' gradient only that against 512 rows of the vocabulary exists at a time, on its way into the main
+    gradient and into the gradient of x.
+    """
+
+    def __init__(
+        self, weight: Tensor, valid: int, rows: int, main_grad: Tensor | None, options: dict[str, float]
+    ) -> None:
+        self.weight, self.valid, self.main_grad = weight, valid, main_grad
+        self.options = [options.get(name, 0) for name in ("smoothing", "vocab", "z_loss")]
+        self.memory = weight.new_empty(weight.shape[0] * _padded(rows))
+
+    def _logits(self, rows: int) -> Tensor:
+        return self.memory[: self.weight.shape[0] * _padded(rows)].view(self.weight.shape[0], -1)
+
+    def sums(self, x: Tensor, targets: Tensor, scale: Tensor, exchange: Exchange) -> Sums:
+        found = torch.ops.megapre.head_logits(x, self.weight, targets, self.valid, self._logits(x.shape[0]))
+        return exchange(*_merged(*found.unbind(1)))
+
+    def gradients(self, x: Tensor, targets: Tensor, scale: Tensor, lse: Tensor, dx: Tensor) -> None:
+        torch.ops.megapre.head_gradient_(
+            x, self.weight, targets, lse, scale, self.valid, *self.options, self._logits(x.shape[0]), self.main_grad, dx
+        )
 
 
-def _merged(found: list[cross_entropy.Statistics]) -> cross_entropy.Statistics:
-    """Statistics of the rows over all their blocks."""
-    if len(found) == 1:
-        return found[0]
-    maxima, totals, targets, levels = (torch.stack(column) for column in zip(*found))
+def _padded(rows: int) -> int:
+    return -(-rows // TILE) * TILE
+
+
+def _suits_tiles(x: Tensor, weight: Tensor, main_grad: Tensor | None) -> bool:
+    """Whether the tiles of AMX can take the call: bf16, sizes that divide by 32, memory in one piece."""
+    fits = x.dtype == weight.dtype == torch.bfloat16 and x.stride(1) == 1 and weight.is_contiguous()
+    fits = fits and weight.shape[0] % TILE == 0 and weight.shape[1] % TILE == 0
+    return fits and (main_grad is None or main_grad.is_contiguous()) and torch.ops.megapre.has_tiles()
+
+
+def _merged(maxima: Tensor, totals: Tensor, targets: Tensor, levels: Tensor) -> cross_entropy.Statistics:
+    """Statistics of the rows over all their blocks, from those of each block [blocks, rows]."""
     top = maxima.amax(0)
     base = torch.where(top == -torch.inf, 0.0, top)  # a row of -inf alone has a sum of 0, not NaN
     return top, (totals * torch.exp(maxima - base)).sum(0), targets.sum(0), levels.sum(0)
 
 
-def add_products(
+def _add_products(
     dx: Tensor, main_grad: Tensor, blocks: Sequence[tuple[Tensor, Tensor]], x: Tensor, add_: Add
 ) -> None:
     """dx = dlogits W; main_grad += dlogits^T x, fp32 where the others may be narrower; blocks of (W, dlogits)."""

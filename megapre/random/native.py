@@ -95,6 +95,11 @@ def _ce_statistics(logits: Tensor, *_: object) -> Tensor:
     return logits.new_empty((4, logits.shape[0]), dtype=torch.float32)
 
 
+def _head_logits(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    rows, blocks = x.shape[0], -(-weight.shape[0] // 512)
+    return x.new_empty((blocks, 4, -(-rows // 32) * 32), dtype=torch.float32)[:, :, :rows]
+
+
 def _attention_forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     s, b, heads, _ = q.shape
     out = q.new_empty(q.shape, dtype=torch.float32 if rest[-1] else q.dtype)
@@ -151,6 +156,9 @@ FAKES: dict[str, Callable[..., object]] = {
     "square_sum": _scalar,
     "cross_entropy_statistics": _ce_statistics,
     "cross_entropy_gradient_": _fill,
+    "head_logits": _head_logits,
+    "head_gradient_": _fill,
+    "add_product_": _fill,
     "attention_forward": _attention_forward,
     "attention_backward": _attention_backward,
     "moe_top_k": _top_k,

@@ -5,8 +5,8 @@ from megapre.kernels import linear_cross_entropy as lce
 from tests.kernels.tolerances import TOLERANCE, error, load, versions
 
 OP = "linear_cross_entropy"
-# rows, width, vocabulary, valid
-SHAPES = [(5, 8, 33, 30), (1, 1, 2, 2), (0, 4, 7, 7), (67, 33, 101, 97)]
+# rows, width, vocabulary, valid; the last two divide by 32, as the tiles of AMX need, and have two blocks of rows
+SHAPES = [(5, 8, 33, 30), (1, 1, 2, 2), (0, 4, 7, 7), (67, 33, 101, 97), (70, 64, 96, 65), (33, 32, 1088, 1050)]
 OPTIONS = [{}, {"smoothing": 0.1, "vocab": 97}, {"z_loss": 1e-2}, {"smoothing": 0.2, "vocab": 97, "z_loss": 1e-3}]
 
 
@@ -68,6 +68,20 @@ def test_chunks_do_not_change_the_losses(dtype):
     for losses, dx, total in found[1:]:
         assert error(losses, found[0][0]) <= TOLERANCE[dtype] and error(dx, found[0][1]) <= TOLERANCE[dtype]
         assert error(total, found[0][2]) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit(dtype):
+    x, weight, targets, scale, main = inputs(70, 64, 1088, 1050, dtype)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            total = main.clone()
+            found.append((*lce.linear_ce_cpp(x, weight, targets, scale, 1050, main_grad=total), total))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 @pytest.mark.parametrize("version", versions(OP), ids=lambda v: v.name)

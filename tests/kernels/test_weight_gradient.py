@@ -3,7 +3,7 @@ import torch
 
 from tests.kernels.tolerances import TOLERANCE, error, load, versions
 
-SHAPES = [(5, 3, 8), (64, 33, 70), (1, 1, 1), (130, 96, 31), (7, 40, 1), (0, 4, 3)]
+SHAPES = [(5, 3, 8), (64, 33, 70), (1, 1, 1), (130, 96, 31), (7, 40, 1), (0, 4, 3), (71, 64, 96), (300, 32, 2048)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -1,0 +1,161 @@
+// The output layer's loss and weight gradients on AMX tiles as torch.ops.megapre.*: checks, memory and threads; the
+// arithmetic is in tiles.cpp. Work is cut by the shape alone and every sum has one owner, so results do not depend on
+// the threads.
+#include <ATen/ops/zeros.h>
+
+#include <cmath>
+
+#include "ops.h"
+#include "tiles.h"
+
+namespace megapre {
+namespace {
+
+constexpr int64_t SIDE = 32, BLOCK = 512;  // vocabulary rows whose gradient is in the cache at a time
+
+const TileKernels* chosen() {
+#ifdef MEGAPRE_X86
+  if (attention_kernels() == amx::attention) return &amx::tiles;
+#endif
+  return nullptr;
+}
+
+bool has_tiles() { return chosen() != nullptr; }
+
+int64_t round_up(int64_t n) { return (n + SIDE - 1) / SIDE * SIDE; }
+
+bool is_bf16_rows(const Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 && x.dim() == 2 && x.stride(1) == 1 && x.size(1) % SIDE == 0;
+}
+
+Tensor memory(const Tensor& like, int64_t bytes) { return at::empty({bytes}, like.options().dtype(at::kByte)); }
+
+// Tasks [0, count) with tiles configured and scratch of a thread's own.
+template <class F>
+void parallel(const Tensor& like, int64_t count, int64_t scratch, F f) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    const Tensor own = memory(like, scratch);
+    chosen()->begin();
+    for (int64_t task = begin; task < end; task++) f(task, own.mutable_data_ptr());
+    chosen()->end();
+  });
+}
+
+Tensor pack_places(const Tensor& x, int64_t padded) {
+  const int64_t width = x.size(1), pairs = padded / 2;
+  Tensor words = memory(x, padded * width * 2);
+  at::parallel_for(0, pairs, std::max<int64_t>(1, ELEMENTS / width), [&](int64_t begin, int64_t end) {
+    chosen()->pack_places(x.const_data_ptr(), x.stride(0), x.size(0), padded, width, words.mutable_data_ptr(), begin,
+                          end);
+  });
+  return words;
+}
+
+HeadChunk chunk_of(const Tensor& x, const Tensor& weight, const Tensor& targets, int64_t valid, const Tensor& logits) {
+  TORCH_CHECK_VALUE(has_tiles(), "this processor has no AMX tiles");
+  TORCH_CHECK_VALUE(is_bf16_rows(x) && is_bf16_rows(weight) && weight.is_contiguous() && x.size(1) == weight.size(1) &&
+                        weight.size(0) % SIDE == 0 && valid >= 0 && valid <= weight.size(0),
+                    "head: x and weight must be bf16 of one width, which like the vocabulary divides by 32, got ",
+                    x.sizes(), " and ", weight.sizes(), " with ", valid, " valid");
+  TORCH_CHECK_VALUE(logits.is_contiguous() && logits.scalar_type() == at::kBFloat16 && logits.dim() == 2 &&
+                        logits.size(0) == weight.size(0) && logits.size(1) == round_up(x.size(0)),
+                    "head: logits must be bf16 [vocabulary, rows rounded up to 32], got ", logits.sizes());
+  HeadChunk c = {};
+  c.rows = x.size(0), c.padded = logits.size(1), c.width = x.size(1), c.valid = valid;
+  c.weight = weight.const_data_ptr(), c.targets = targets.const_data_ptr<int64_t>();
+  return c;
+}
+
+Tensor head_logits(const Tensor& x, const Tensor& weight, const Tensor& targets_, int64_t valid, Tensor& logits) {
+  const Tensor targets = as_longs(targets_, x.size(0), "targets");
+  HeadChunk c = chunk_of(x, weight, targets, valid, logits);
+  const int64_t blocks = (weight.size(0) + BLOCK - 1) / BLOCK;
+  const Tensor features = memory(x, c.padded * c.width * 2);
+  parallel(x, c.padded / SIDE, SIDE * c.width * 2, [&](int64_t panel, void* scratch) {
+    chosen()->pack_features(x.const_data_ptr(), x.stride(0), c.rows, c.width, features.mutable_data_ptr(), panel,
+                            panel + 1, scratch);
+  });
+  c.features = features.const_data_ptr(), c.logits = logits.mutable_data_ptr();
+  Tensor statistics = at::empty({blocks, 4, c.padded}, x.options().dtype(at::kFloat));
+  parallel(x, blocks, (SIDE + 1) * c.padded * 4, [&](int64_t block, void* scratch) {
+    chosen()->logits(c, block * BLOCK, std::min((block + 1) * BLOCK, weight.size(0)),
+                     statistics.mutable_data_ptr<float>() + block * 4 * c.padded, (float*)scratch);
+  });
+  return statistics.narrow(2, 0, c.rows);
+}
+
+Tensor padded_floats(const Tensor& x, int64_t rows, int64_t padded, const char* name) {
+  Tensor out = at::zeros({padded}, x.options().dtype(at::kFloat));
+  out.narrow(0, 0, rows).copy_(as_floats(x, rows, name));
+  return out;
+}
+
+void head_gradient_(const Tensor& x, const Tensor& weight, const Tensor& targets_, const Tensor& lse_,
+                    const Tensor& scale_, int64_t valid, double smoothing, int64_t vocab, double z_loss,
+                    const Tensor& logits, Tensor& main_grad, Tensor& dx) {
+  const Tensor targets = as_longs(targets_, x.size(0), "targets");
+  HeadChunk c = chunk_of(x, weight, targets, valid, logits);
+  TORCH_CHECK_VALUE(main_grad.is_contiguous() && main_grad.scalar_type() == at::kFloat &&
+                        main_grad.sizes() == weight.sizes() && is_bf16_rows(dx) && dx.sizes() == x.sizes(),
+                    "head: main_grad must be contiguous fp32 like the weight and dx like x, got ", main_grad.sizes(),
+                    " and ", dx.sizes());
+  const Tensor lse = padded_floats(lse_, c.rows, c.padded, "lse");
+  const Tensor scale = padded_floats(scale_, c.rows, c.padded, "scale"), places = pack_places(x, c.padded);
+  c.lse = lse.const_data_ptr<float>(), c.scale = scale.const_data_ptr<float>();
+  c.logits = logits.mutable_data_ptr(), c.places = places.const_data_ptr();
+  c.smoothing = (float)smoothing, c.share = smoothing == 0 ? 0 : (float)(smoothing / (double)vocab);
+  c.z_loss = (float)z_loss, c.main_grad = main_grad.mutable_data_ptr<float>();
+  const Tensor words = memory(x, BLOCK * c.padded * 2), turned = memory(x, BLOCK * c.width * 2);
+  const Tensor sum = at::zeros({c.width, c.padded}, main_grad.options());
+  for (int64_t first = 0; first < weight.size(0); first += BLOCK) {
+    const int64_t block = std::min(BLOCK, weight.size(0) - first);
+    parallel(x, block / SIDE, SIDE * (c.padded + c.width) * 2, [&](int64_t task, void* scratch) {
+      chosen()->gradient(c, first + task * SIDE, task * SIDE, block, words.mutable_data_ptr(),
+                         turned.mutable_data_ptr(), scratch);
+    });
+    parallel(x, c.width / SIDE, 0, [&](int64_t task, void*) {
+      chosen()->features_gradient(c, block, turned.const_data_ptr(), words.const_data_ptr(),
+                                  sum.mutable_data_ptr<float>(), task * SIDE, (task + 1) * SIDE);
+    });
+  }
+  chosen()->store_turned(sum.const_data_ptr<float>(), c.padded, c.rows, c.width, dx.mutable_data_ptr(), dx.stride(0));
+}
+
+// main_grad += dy^T x, some rows at a time so that x stays in the cache.
+void add_product_(Tensor& main_grad, const Tensor& dy, const Tensor& x) {
+  TORCH_CHECK_VALUE(has_tiles(), "this processor has no AMX tiles");
+  TORCH_CHECK_VALUE(is_bf16_rows(dy) && is_bf16_rows(x) && dy.size(0) == x.size(0) && main_grad.is_contiguous() &&
+                        main_grad.scalar_type() == at::kFloat && main_grad.size(0) == dy.size(1) &&
+                        main_grad.size(1) == x.size(1),
+                    "add_product: bf16 dy [n, out] and x [n, in] and a contiguous fp32 sum [out, in] with multiples of "
+                    "32 are needed, got ", dy.sizes(), ", ", x.sizes(), " and ", main_grad.sizes());
+  const int64_t width = x.size(1), outputs = dy.size(1);
+  const int64_t height = std::clamp<int64_t>((1 << 19) / std::max<int64_t>(width, 1) / SIDE * SIDE, 256, 2048);
+  for (int64_t first = 0; first < x.size(0); first += height) {
+    const int64_t rows = std::min(height, x.size(0) - first), padded = round_up(rows);
+    const Tensor part = dy.narrow(0, first, rows), words = pack_places(x.narrow(0, first, rows), padded);
+    parallel(x, outputs / SIDE, (16 * SIDE + SIDE * padded / 2) * 4, [&](int64_t task, void* scratch) {
+      chosen()->weight_gradient(part.const_data_ptr(), part.stride(0), rows, padded, words.const_data_ptr(), width,
+                                main_grad.mutable_data_ptr<float>(), task * SIDE, scratch);
+    });
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(megapre, m) {
+  m.def("head_logits(Tensor x, Tensor weight, Tensor targets, int valid, Tensor(a!) logits) -> Tensor");
+  m.def(
+      "head_gradient_(Tensor x, Tensor weight, Tensor targets, Tensor lse, Tensor scale, int valid, float smoothing, "
+      "int vocab, float z_loss, Tensor logits, Tensor(a!) main_grad, Tensor(b!) dx) -> ()");
+  m.def("add_product_(Tensor(a!) main_grad, Tensor dy, Tensor x) -> ()");
+  m.def("has_tiles", &has_tiles);
+}
+
+TORCH_LIBRARY_IMPL(megapre, CPU, m) {
+  m.impl("head_logits", &head_logits);
+  m.impl("head_gradient_", &head_gradient_);
+  m.impl("add_product_", &add_product_);
+}
+
+}  // namespace megapre
