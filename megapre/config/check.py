@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from megapre.config.limits import fields_fit
 from megapre.config.ramp import clock
+from megapre.config.rules_architecture import ARCHITECTURE_RULES
 from megapre.config.rules_experts import EXPERT_RULES
 from megapre.config.rules_layout import LAYOUT_RULES
 from megapre.config.rules_model import HEAD_RULES, MODEL_RULES
@@ -182,6 +183,7 @@ def skipped_batches_exist(config: Config) -> str | None:
 
 RULES = (
     *MODEL_RULES,
+    *ARCHITECTURE_RULES,
     *LAYOUT_RULES,
     *EXPERT_RULES,
     *RAMP_RULES,

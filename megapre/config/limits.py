@@ -9,7 +9,7 @@ from typing import Any
 from megapre.config.schema import Config
 
 CHOICES = {
-    "model.architecture": ("decoder", "encoder"),
+    "model.architecture": ("decoder", "encoder", "encoder_decoder"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.activation": ("gelu", "gelu_exact", "relu", "swiglu", "geglu"),
     "model.norm_placement": ("pre", "post"),
@@ -67,6 +67,7 @@ COUNT, NATURAL, POSITIVE, NON_NEGATIVE = "at least 1", "at least 0", "greater th
 SHARE, PROBABILITY = "between 0 and 1", "at least 0 and below 1"
 RANGES = {
     "model.layers": COUNT,
+    "model.encoder_layers": NATURAL,
     "model.hidden": COUNT,
     "model.heads": COUNT,
     "model.kv_heads": NATURAL,

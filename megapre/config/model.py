@@ -10,9 +10,11 @@ class ModelConfig:
     """Shape of the network. GPT-2, Llama and BERT-like encoders are settings of the same block."""
 
     architecture: str = "decoder"
-    """``decoder`` (causal attention) or ``encoder`` (full attention)."""
+    """``decoder`` (causal attention), ``encoder`` (full attention) or ``encoder_decoder`` (both, T5 and BART)."""
     layers: int = 2
-    """Number of transformer blocks."""
+    """Number of transformer blocks; with an encoder beside the decoder, the decoder's."""
+    encoder_layers: int = 0
+    """Blocks of the encoder of ``encoder_decoder``."""
     hidden: int = 64
     """Width of the residual stream, in features."""
     heads: int = 4
@@ -127,6 +129,11 @@ class ModelConfig:
     """Weight of the load-balance loss of each router (arXiv 2101.03961), taken over each sequence."""
     router_z_loss: float = 0.0
     """Weight of the mean squared logsumexp of each router's logits (arXiv 2202.08906)."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that the stages of a pipeline share out."""
+        return self.layers + self.encoder_layers
 
     def has_experts(self, layer: int) -> bool:
         """Whether block ``layer``, counted from 1, is a mixture of experts."""

@@ -5,6 +5,11 @@ from __future__ import annotations
 from megapre.config.schema import Config
 
 
+def _counted(config: Config) -> str:
+    """The keys whose sum is the number of blocks."""
+    return "model.layers + model.encoder_layers" if config.model.encoder_layers else "model.layers"
+
+
 def heads_divide_over_tensor(config: Config) -> str | None:
     """Query heads are cut over the tensor axis; key/value heads are cut or held by neighbours."""
     model, tensor = config.model, config.parallel.tensor
@@ -72,12 +77,13 @@ def vocabulary_covers_tensor(config: Config) -> str | None:
 
 def stages_have_blocks(config: Config) -> str | None:
     """Every pipeline stage holds a block; embedding and head share the first and last."""
-    layers, ranks, chunks = config.model.layers, config.parallel.pipeline, config.parallel.chunks
+    layers, ranks, chunks = config.model.blocks, config.parallel.pipeline, config.parallel.chunks
     if layers < ranks * chunks:
         stages = f"parallel.pipeline ({ranks})"
         if chunks > 1:
             stages = f"parallel.pipeline x parallel.chunks ({ranks} x {chunks})"
-        return f"every pipeline stage needs a block but model.layers ({layers}) is below {stages}: change one of them"
+        held = f"{_counted(config)} ({layers})"
+        return f"every pipeline stage needs a block but {held} is below {stages}: change one of them"
     return None
 
 
@@ -130,7 +136,7 @@ def recompute_has_layers(config: Config) -> str | None:
 
 def layers_per_stage_fit(config: Config) -> str | None:
     """An explicit split names every stage once and every block once."""
-    split, layers = config.parallel.layers_per_stage, config.model.layers
+    split, layers = config.parallel.layers_per_stage, config.model.blocks
     stages = config.parallel.pipeline * config.parallel.chunks
     if not split:
         return None
@@ -140,7 +146,7 @@ def layers_per_stage_fit(config: Config) -> str | None:
     if min(split) < 1:
         return f"parallel.layers_per_stage holds {min(split)} but every stage needs at least 1 block"
     if sum(split) != layers:
-        return f"parallel.layers_per_stage sums to {sum(split)} but model.layers is {layers}"
+        return f"parallel.layers_per_stage sums to {sum(split)} but {_counted(config)} is {layers}"
     return None
 
 

@@ -106,9 +106,13 @@ class Block(nn.Module):
     def forward(self, ctx: Context, x: Tensor) -> tuple[Tensor, ...]:
         """[rows, batch, hidden] to the same."""
         x = self.body(ctx, x, *self.norms)
+        self.record(ctx, x)
+        return (x,)
+
+    def record(self, ctx: Context, x: Tensor) -> None:
+        """Note the size of the block's output when asked for."""
         if ctx.rms is not None:
             ctx.rms[self.layer] = x.detach().float().square().mean()
-        return (x,)
 
     def body(self, ctx: Context, x: Tensor, first: Norm, second: Norm) -> Tensor:
         """The layer's work."""

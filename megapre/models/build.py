@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,14 @@ from megapre.models.attention import Attention
 from megapre.models.block import Block, FeedForward, Norm, ParallelBlock, PostNormBlock
 from megapre.models.context import Context
 from megapre.models.embedding import EmbeddingLayer, Positions, Sinusoids, TokenTypes
+from megapre.models.encoder_decoder import (
+    DECODER_BLOCKS,
+    CrossAttention,
+    DecoderBlock,
+    DecoderHead,
+    EncoderBlock,
+    PairEmbedding,
+)
 from megapre.models.heads import Head, Sentence, Transform
 from megapre.models.moe import MoE, Router
 from megapre.models.positions import Alibi, Bias, HeadNorm, Relative, Rotary, Turn, rope_tables
@@ -92,6 +102,7 @@ class Model(nn.Module):
         def optional(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else place(tensor)
 
+        source = _source(m)
         mine = places(m.tokens.shape[0], self.context_method, self.grid.context.rank, self.grid.context.size)
         positions = place(m.positions[mine])
         rows = len(mine) // self.grid.tensor.size if self.sequence else len(mine)
@@ -107,8 +118,7 @@ class Model(nn.Module):
             positions=positions,
             segments=optional(m.segments),
             samples=place(m.samples),
-            source=optional(m.source),
-            source_segments=optional(m.source_segments),
+            encoder=None if source is None else self.context(source, seed=seed, step=step, training=training),
             token_types=optional(m.token_types if m.token_types is None else m.token_types[mine]),
             prefix=optional(m.prefix),
             labels=optional(m.labels),
@@ -133,6 +143,14 @@ class Model(nn.Module):
         )
 
 
+def _source(m: Microbatch) -> Microbatch | None:
+    """The encoder's part of ``m`` as a microbatch of its own, without targets."""
+    if m.source is None:
+        return None
+    positions = torch.arange(len(m.source)).unsqueeze(1).expand_as(m.source)
+    return Microbatch(m.source, m.source, torch.zeros(m.source.shape), positions, m.source_segments, m.samples)
+
+
 def _expert_place(model: ModelConfig, grid: Grid) -> ExpertPlace:
     own = model.experts // grid.expert.size
     experts = range(grid.expert.rank * own, (grid.expert.rank + 1) * own)
@@ -150,33 +168,45 @@ class _Builder:
         self.recompute, self.recompute_layers = recompute, recompute_layers
 
     def stage(self, numbers: range) -> StageLayers:
-        blocks = [number for number in numbers if 1 <= number <= self.config.layers]
+        blocks = [number for number in spec.blocks(self.config) if number in numbers]
         chosen = frozenset(blocks[: self.recompute_layers or None])
         layers = [self.layer(number, self.recompute == "selective" and number in chosen) for number in numbers]
         return StageLayers(numbers, layers, chosen if self.recompute == "full" else frozenset())
 
     def layer(self, number: int, recompute_attention: bool) -> nn.Module:
-        config = self.config
-        if number == 0:
-            return self.embedding(config)
-        if number == config.layers + 1:
-            return self.head(config)
-        return self.block(config, number, spec.block_name(config, number), recompute_attention)
+        return LAYERS[spec.kinds(self.config)[number]](self, number, recompute_attention)
 
-    def embedding(self, config: ModelConfig) -> EmbeddingLayer:
+    def pair_embedding(self) -> PairEmbedding:
+        source = self.embedding(spec.encoder_of(self.config), "encoder.embedding", 1)
+        return PairEmbedding(source, self.embedding(self.config))
+
+    def encoder_block(self, number: int, recompute_attention: bool) -> EncoderBlock:
+        last = number == self.config.encoder_layers and self.flat.holds("encoder.norm.weight")
+        return EncoderBlock(self.block(number, recompute_attention), self.norm("encoder.norm") if last else None)
+
+    def decoder_block(self, number: int, recompute_attention: bool) -> DecoderBlock:
+        like, name = spec.stack(self.config, number)
+        q, kv = self.linear("column", f"{name}.cross.q"), self.linear("column", *(f"{name}.cross.{x}" for x in "kv"))
+        output, core = self.linear("row", f"{name}.cross.output"), self.core
+        cross = CrossAttention(like, number, q, kv, output, self.axis, core, recompute_attention)
+        block = self.block(number, recompute_attention)
+        kind = DECODER_BLOCKS[like.norm_placement]
+        return kind(like, number, block, self.norm(f"{name}.cross_norm"), cross, self.kernels)
+
+    def embedding(self, config: ModelConfig, home: str = "embedding", stream: int = 0) -> EmbeddingLayer:
         added: list[nn.Module] = []
         if config.positions == "learned":
-            added.append(Positions(self.flat.parameter("embedding.positions.weight")))
+            added.append(Positions(self.flat.parameter(f"{home}.positions.weight")))
         if config.positions == "sinusoidal":
             added.append(Sinusoids(config.n_embedding, self.dtype))
         if config.token_types:
             added.append(TokenTypes(self.flat.parameter("embedding.types.weight")))
         tokens = Embedding(self.flat.parameter("embedding.tokens.weight"), self.axis, self.sequence)
-        norm = self.norm("embedding.norm") if config.embedding_norm else None
+        norm = self.norm(f"{home}.norm") if config.embedding_norm else None
         project = self.dense("embedding.project") if self.flat.holds("embedding.project.weight") else None
-        return EmbeddingLayer(config, tokens, added, norm, project, self.kernels)
+        return EmbeddingLayer(config, tokens, added, norm, project, self.kernels, stream)
 
-    def head(self, config: ModelConfig) -> Head:
+    def head(self, config: ModelConfig, kind: type[Head] = Head) -> Head:
         norm = self.norm("head.norm") if config.norm_placement == "pre" else None
         transform = sentence = None
         if config.mlm_transform:
@@ -186,14 +216,15 @@ class _Builder:
             sentence = Sentence(self.dense("head.pooler"), self.dense("head.sentence"))
         weight = self.flat.parameter("embedding.tokens.weight" if config.tied_embeddings else "head.output.weight")
         bias = self.flat.parameter("head.output.bias") if config.mlm_transform else None
-        return Head(norm, transform, Linear("column", weight, bias, self.axis, self.sequence), sentence)
+        return kind(norm, transform, Linear("column", weight, bias, self.axis, self.sequence), sentence)
 
-    def block(self, config: ModelConfig, number: int, name: str, recompute_attention: bool) -> Block:
+    def block(self, number: int, recompute_attention: bool) -> Block:
+        config, name = spec.stack(self.config, number)
         parallel = config.parallel_block
         norms = [self.norm(f"{name}.{part}") for part in ("attention_norm", "mlp_norm")[: 1 if parallel else 2]]
         qkv = self.linear("column", *(f"{name}.attention.{part}" for part in "qkv"))
         output = self.linear("row", f"{name}.attention.output")
-        turns, bias = self.turns(config, f"{name}.attention"), self.bias(config)
+        turns, bias = self.turns(config, f"{name}.attention"), self.bias(config, name)
         attention = Attention(
             config, number, qkv, output, self.axis, turns, bias, self.core, self.grid.context.size, recompute_attention
         )
@@ -202,9 +233,10 @@ class _Builder:
         kind = BLOCKS[config.norm_placement, parallel]
         return kind(config, number, norms, attention, mlp, self.kernels)
 
-    def bias(self, config: ModelConfig) -> Bias | None:
+    def bias(self, config: ModelConfig, name: str) -> Bias | None:
         if config.positions == "t5":
-            return Relative(config, self.flat.parameter("embedding.relative.weight"))
+            home = "encoder" if name.startswith("encoder.") else "embedding"
+            return Relative(config, self.flat.parameter(f"{home}.relative.weight"))
         if config.positions != "alibi":
             return None
         own = config.heads // self.axis.size
@@ -254,3 +286,15 @@ class _Builder:
         biased = self.flat.holds(f"{parts[0]}.bias")
         bias = self.flat.parameter(*(f"{part}.bias" for part in parts)) if biased else None
         return Linear(kind, weight, bias, self.axis, self.sequence)
+
+
+LAYERS: dict[str, Callable[[_Builder, int, bool], nn.Module]] = {
+    "embedding": lambda made, number, again: made.embedding(made.config),
+    "block": _Builder.block,
+    "head": lambda made, number, again: made.head(made.config),
+    "pair_embedding": lambda made, number, again: made.pair_embedding(),
+    "encoder_block": _Builder.encoder_block,
+    "decoder_block": _Builder.decoder_block,
+    "decoder_head": lambda made, number, again: made.head(made.config, DecoderHead),
+}
+"""What makes each kind of layer of ``spec.kinds``, of its number and whether its attention is recomputed."""

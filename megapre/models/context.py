@@ -11,6 +11,8 @@ from megapre.parallel.tensor import Linear
 
 EMBEDDING, ATTENTION, MLP, WEIGHTS = range(4)
 """Kinds of dropout site."""
+CROSS = 1 << 19
+"""Added to a layer's number by the sites of its cross-attention."""
 
 
 @dataclass
@@ -68,14 +70,12 @@ class Context:
     seed: int
     step: int
     training: bool
-    source: Tensor | None = None
-    """int64 [source seq, batch]: the encoder's tokens, whole on every context rank, as all that follow."""
-    source_segments: Tensor | None = None
-    """int64 [source seq, batch]: document or padding numbers of the source."""
+    encoder: Context | None = None
+    """The same for the source of an encoder-decoder model: its tokens, positions and document or padding numbers."""
     token_types: Tensor | None = None
     """int64 [seq, batch]: segment of text of this part's tokens (BERT); the only one that is cut by context ranks."""
     prefix: Tensor | None = None
-    """int64 [batch]: leading tokens of the whole sequence that see each other both ways."""
+    """int64 [batch]: leading tokens of the whole sequence that see each other both ways; as all that follow, whole."""
     labels: Tensor | None = None
     """int64 [batch]: class of each sample."""
     label_weights: Tensor | None = None

@@ -62,7 +62,10 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
 
 
 class EmbeddingLayer(nn.Module):
-    """Tokens plus ``added``, normed, dropped out, and brought from the embeddings' width to the model's."""
+    """Tokens plus ``added``, normed, dropped out, and brought from the embeddings' width to the model's.
+
+    ``stream`` tells the dropout of several such layers of a model apart.
+    """
 
     def __init__(
         self,
@@ -72,11 +75,12 @@ class EmbeddingLayer(nn.Module):
         norm: Norm | None,
         project: Linear | None,
         kernels: Kernels,
+        stream: int = 0,
     ) -> None:
         super().__init__()
         self.tokens, self.added, self.norm, self.project = tokens, nn.ModuleList(added), norm, project
         self.scale = model.embedding_scale
-        self.dropout = Dropout(model.dropout, site(0, EMBEDDING), kernels)
+        self.dropout = Dropout(model.dropout, site(0, EMBEDDING, stream), kernels)
 
     def forward(self, ctx: Context) -> tuple[Tensor, ...]:
         """Token ids of the context to [rows, batch, hidden]."""

@@ -19,6 +19,8 @@ TABLES = (
     "embedding.positions.weight",
     "embedding.types.weight",
     "embedding.relative.weight",
+    "encoder.embedding.positions.weight",
+    "encoder.relative.weight",
     "head.output.weight",
 )
 
@@ -29,7 +31,7 @@ def std(model: ModelConfig, spec: TensorSpec) -> float:
 
 
 def _enters_residual(spec: TensorSpec) -> bool:
-    return spec.name.startswith("blocks.") and spec.name.endswith(RESIDUAL)
+    return "blocks." in spec.name and spec.name.endswith(RESIDUAL)
 
 
 def _is_table(spec: TensorSpec) -> bool:

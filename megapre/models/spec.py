@@ -1,13 +1,14 @@
 """Every tensor of a model: name, logical shape, placement, owning layers, initial values. Torch-free.
 
-Layers are numbered along the pipeline: 0 is the embedding, 1..L are the blocks, L+1 is the head (final norm
-and output layer). Initialisation, synchronisation, norm, clip, decay, checkpoint and verify read only this.
+Layers are numbered along the pipeline, the embedding first, then the blocks, then the head (final norm and output
+layer); `kinds` says what each one is. Initialisation, synchronisation, norm, clip, decay, checkpoint and verify read
+only this.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from megapre.config.schema import ModelConfig
 from megapre.models import initial
@@ -24,9 +25,44 @@ class Carry:
     """The field of a microbatch whose positions its rows are."""
 
 
+def kinds(model: ModelConfig) -> tuple[str, ...]:
+    """What each layer of the pipeline is, by number: the row of ``build.LAYERS`` that makes it."""
+    blocks, encoder = model.layers, model.encoder_layers
+    return {
+        "decoder": ("embedding", *["block"] * blocks, "head"),
+        "encoder": ("embedding", *["block"] * blocks, "head"),
+        "encoder_decoder": (
+            "pair_embedding", *["encoder_block"] * encoder, *["decoder_block"] * blocks, "decoder_head",
+        ),
+    }[model.architecture]  # fmt: skip
+
+
+def blocks(model: ModelConfig) -> list[int]:
+    """Numbers of the layers that are blocks: what stages share out, and what recomputation applies to."""
+    return [number for number, kind in enumerate(kinds(model)) if kind.endswith("block")]
+
+
 def carried(model: ModelConfig, layer: int) -> tuple[Carry, ...]:
     """What ``layer`` takes from the layer before it; the first takes nothing."""
-    return (Carry(model.hidden),) if layer else ()
+    target = Carry(model.hidden)
+    both = (Carry(model.hidden, "source"), target)
+    takes = {"encoder_block": both, "decoder_block": both, "decoder_head": both}
+    return takes.get(kinds(model)[layer], (target,)) if layer else ()
+
+
+def stack(model: ModelConfig, layer: int) -> tuple[ModelConfig, str]:
+    """The single-stream model that block ``layer`` is like, and what the names of its tensors begin with."""
+    encoder = model.encoder_layers
+    if not encoder:
+        return model, "blocks.0" if model.share_layers else f"blocks.{layer - 1}"
+    if layer <= encoder:
+        return encoder_of(model), f"encoder.blocks.{layer - 1}"
+    return replace(model, architecture="decoder"), f"blocks.{layer - encoder - 1}"
+
+
+def encoder_of(model: ModelConfig) -> ModelConfig:
+    """The encoder of an encoder-decoder model as a model of its own."""
+    return replace(model, architecture="encoder", layers=model.encoder_layers, sequence=model.source_sequence)
 
 
 def tensors(model: ModelConfig, vocab_size: int, tensor_ranks: int = 1) -> list[TensorSpec]:
@@ -35,20 +71,19 @@ def tensors(model: ModelConfig, vocab_size: int, tensor_ranks: int = 1) -> list[
     ``vocab_size`` is the number of real token ids; ``tensor_ranks`` decides how key/value heads are replicated.
     """
     specs = _embedding(model, vocab_size)
-    for layer in range(1, (1 if model.share_layers else model.layers) + 1):
-        specs += _block(model, layer, tensor_ranks)
+    for layer in blocks(model)[: 1 if model.share_layers else None]:
+        specs += _block(*stack(model, layer), layer, tensor_ranks)
+        if layer > model.encoder_layers > 0:
+            specs += _cross(*stack(model, layer), layer, tensor_ranks)
+    if model.encoder_layers:
+        specs += _encoder(model)
     specs += _head(model, vocab_size)
     return [replace(spec, std=initial.std(model, spec)) if spec.init == "normal" else spec for spec in specs]
 
 
-def block_name(model: ModelConfig, layer: int) -> str:
-    """Where the tensors of block ``layer``, counted from 1, are found."""
-    return "blocks.0" if model.share_layers else f"blocks.{layer - 1}"
-
-
 def _embedding(model: ModelConfig, vocab_size: int) -> list[TensorSpec]:
-    width, blocks = model.n_embedding, tuple(range(1, model.layers + 1))
-    users = (0, model.layers + 1) if model.tied_embeddings else (0,)
+    width = model.n_embedding
+    users = (0, len(kinds(model)) - 1) if model.tied_embeddings else (0,)
     specs = [TensorSpec("embedding.tokens.weight", (vocab_size, width), Shard(0), users, decay=True)]
     if model.positions == "learned":
         specs.append(TensorSpec("embedding.positions.weight", (model.sequence, width)))
@@ -60,12 +95,28 @@ def _embedding(model: ModelConfig, vocab_size: int) -> list[TensorSpec]:
         specs += _dense("embedding.project", (model.hidden, width), 0, model.bias)
     if model.positions == "t5":
         shape = (model.relative_buckets, model.heads)
-        specs.append(TensorSpec("embedding.relative.weight", shape, Shard(1), blocks))
+        readers = tuple(layer for layer in blocks(model) if layer > model.encoder_layers)
+        specs.append(TensorSpec("embedding.relative.weight", shape, Shard(1), readers))
+    return specs
+
+
+def _encoder(model: ModelConfig) -> list[TensorSpec]:
+    """What the encoder beside a decoder has of its own, but for its blocks; its final norm is its last block's."""
+    specs, layers = [], model.encoder_layers
+    if model.positions == "learned":
+        specs.append(TensorSpec("encoder.embedding.positions.weight", (model.source_sequence, model.n_embedding)))
+    if model.embedding_norm:
+        specs += _norm(model, "encoder.embedding.norm", 0)
+    if model.positions == "t5":
+        shape = (model.relative_buckets, model.heads)
+        specs.append(TensorSpec("encoder.relative.weight", shape, Shard(1), tuple(range(1, layers + 1))))
+    if model.norm_placement == "pre":
+        specs += _norm(model, "encoder.norm", layers)
     return specs
 
 
 def _head(model: ModelConfig, vocab_size: int) -> list[TensorSpec]:
-    layer, hidden = model.layers + 1, model.hidden
+    layer, hidden = len(kinds(model)) - 1, model.hidden
     width = model.n_embedding if model.mlm_transform else hidden
     specs = _norm(model, "head.norm", layer) if model.norm_placement == "pre" else []
     if model.mlm_transform:
@@ -103,11 +154,9 @@ def stages(model: ModelConfig, count: int, layers_per_stage: list[int]) -> list[
     Blocks are spread as evenly as possible when ``layers_per_stage`` is empty; the stages in the middle take
     the odd ones, since the first and the last have the vocabulary to carry.
     """
-    counts = layers_per_stage or _spread(model.layers, count)
-    bounds = [1]
-    for count in counts:
-        bounds.append(bounds[-1] + count)
-    bounds[0], bounds[-1] = 0, model.layers + 2
+    numbers = blocks(model)
+    counts = layers_per_stage or _spread(len(numbers), count)
+    bounds = [0, *(numbers[first] for first in accumulate(counts[:-1])), len(kinds(model))]
     return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
@@ -130,8 +179,8 @@ def _norm_of(model: ModelConfig, weight: TensorSpec) -> list[TensorSpec]:
     return [weight, replace(weight, name=weight.name.removesuffix("weight") + "bias", init="zeros")]
 
 
-def _block(model: ModelConfig, layer: int, tensor_ranks: int) -> list[TensorSpec]:
-    name, hidden = block_name(model, layer), model.hidden
+def _block(model: ModelConfig, name: str, layer: int, tensor_ranks: int) -> list[TensorSpec]:
+    hidden = model.hidden
     owner = tuple(range(1, model.layers + 1)) if model.share_layers else (layer,)
     q_width, kv_width = model.heads * model.head_dim, model.n_kv_heads * model.head_dim
     kv = Shard(0, kv_copies(model, tensor_ranks))
@@ -178,6 +227,24 @@ def _block(model: ModelConfig, layer: int, tensor_ranks: int) -> list[TensorSpec
         specs.append(
             TensorSpec(f"{name}.{mlp}.down.weight", (hidden, width), Shard(1), owner, decay=True)
         )
+    return specs
+
+
+def _cross(model: ModelConfig, name: str, layer: int, tensor_ranks: int) -> list[TensorSpec]:
+    """Norm and cross-attention of a decoder block: q of the target, k and v side by side of the encoder's output."""
+    hidden, owner, path = model.hidden, (layer,), f"{name}.cross."
+    q_width, kv_width = model.heads * model.head_dim, model.n_kv_heads * model.head_dim
+    kv = Shard(0, kv_copies(model, tensor_ranks))
+    specs = _norm(model, f"{name}.cross_norm", layer)
+    specs.append(TensorSpec(f"{path}output.weight", (hidden, q_width), Shard(1), owner, decay=True))
+    if model.bias:
+        specs.append(TensorSpec(f"{path}output.bias", (hidden,), layers=owner, init="zeros"))
+    for parts in ((("q", q_width, Shard(0)),), (("k", kv_width, kv), ("v", kv_width, kv))):
+        rows = [
+            TensorSpec(f"{path}{part}.weight", (rows, hidden), place, owner, decay=True) for part, rows, place in parts
+        ]
+        biases = [TensorSpec(f"{path}{part}.bias", (rows,), place, owner, init="zeros") for part, rows, place in parts]
+        specs += _fuse(rows) + (_fuse(biases) if model.has_qkv_bias else [])
     return specs
 
 

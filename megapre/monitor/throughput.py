@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from megapre.config.schema import Config, ModelConfig
 from megapre.monitor import hardware
@@ -34,14 +35,27 @@ def flops_per_token(model: ModelConfig, vocab: int) -> float:
     on it, and the output layer; an embedding is a look-up). Each costs 2 FLOPs forward and 4 backward. Attention
     scores and their use cost ``4 x heads x head size`` a layer forward for each key that a query reads: on average
     sequence / 2 in causal attention, all in full attention, fewer with a window. Recomputation is not counted.
-    Formula: arXiv 2104.04473 and PaLM's appendix B.
+    Formula: arXiv 2104.04473 and PaLM's appendix B. With an encoder beside the decoder all is counted per token of the
+    decoder: source / sequence tokens of the encoder, and cross-attention.
     """
+    output = 6.0 * model.hidden * vocab
+    if not model.encoder_layers:
+        return _stack(model) + output
+    share, width = model.source_sequence / model.sequence, model.heads * model.head_dim
+    encoder = replace(model, architecture="encoder", layers=model.encoder_layers, sequence=model.source_sequence)
+    cross = 2 * model.hidden * (width + model.n_kv_heads * model.head_dim * share)
+    cross_attention = model.layers * (6.0 * cross + 12.0 * width * model.source_sequence)
+    return share * _stack(encoder) + _stack(replace(model, architecture="decoder")) + cross_attention + output
+
+
+def _stack(model: ModelConfig) -> float:
+    """Model FLOPs of the blocks per token that they work on."""
     attention = model.hidden * model.head_dim * (2 * model.heads + 2 * model.n_kv_heads)
     matrices = 3 if model.gated else 2
     active = (model.experts_per_token + model.shared_experts) * model.n_expert_hidden
     mlp, moe = matrices * model.hidden * model.n_ffn, model.hidden * (matrices * active + model.experts)
     sparse = sum(model.has_experts(layer) for layer in range(1, model.layers + 1))
-    weights = model.layers * attention + (model.layers - sparse) * mlp + sparse * moe + model.hidden * vocab
+    weights = model.layers * attention + (model.layers - sparse) * mlp + sparse * moe
     reach = min(model.window or model.sequence, model.sequence)  # a query's keys lie in a window
     if model.architecture == "decoder":
         read = reach - reach * reach / (2 * model.sequence)

@@ -55,6 +55,11 @@ def main(job: str, overrides: Sequence[str], request: Request) -> int:
     vocab = config.model.vocab_size
     if not vocab:
         raise ConfigError("model.vocab_size is 0, to be taken from the data, which plan does not read: set it")
+    if config.model.architecture not in ("decoder", "encoder"):
+        raise ConfigError(
+            f"plan knows decoders and encoders, not model.architecture = '{config.model.architecture}': megapre "
+            f"trace has its memory and traffic"
+        )
     console, constants = Console(), fitted.of(device)
     console.width = max(console.width, WIDTH)
     found: Found | None = None

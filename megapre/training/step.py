@@ -142,6 +142,8 @@ class TrainStep:
         for context in contexts:
             context.loss, context.sentence_loss, context.auxiliary = loss, loss.sentence, auxiliary
             context.rms = {} if rms else None
+            if context.encoder is not None:
+                context.encoder.rms = context.rms
         return contexts
 
     def _carried(self, microbatches: Sequence[Microbatch]) -> Callable[[int], tuple[Carried, ...]]:
@@ -164,7 +166,7 @@ class TrainStep:
     def _rms(self, contexts: list[Context]) -> Tensor | None:
         if contexts[0].rms is None:
             return None
-        layers = self.model.config.layers
+        layers = self.model.config.blocks
         squares = torch.stack([mean_square(layers, c.rms or {}, self.model.device) for c in contexts]).mean(0)
         self.grid.world.all_reduce(squares).wait()
         return (squares / (self.grid.tensor.size * self.grid.replicas.size)).sqrt()

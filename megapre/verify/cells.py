@@ -64,7 +64,7 @@ class Cell:
         if self.recompute:
             parallel = replace(parallel, recompute=self.recompute)
         split = parallel.layers_per_stage
-        if len(split) != self.pipeline * parallel.chunks or sum(split) != config.model.layers:
+        if len(split) != self.pipeline * parallel.chunks or sum(split) != config.model.blocks:
             parallel = replace(parallel, layers_per_stage=[])
         return replace(config, parallel=parallel)
 
@@ -136,6 +136,13 @@ SCALE = 1024.0
 """Largest fp16 loss scale of a proof: no step of it may overflow, or arm B would compare skipped steps."""
 
 
+SOURCES: dict[str, tuple[int, dict[str, Any]]] = {
+    "span_corruption": (20, {"mask_probability": 0.43, "mask_span": 4.0}),
+    "denoising": (12, {"mask_probability": 0.5, "mask_span": 2.0, "delete_probability": 0.0}),
+}
+"""Tokens of the source beside a target of 16, and settings of the objective that make them so; 4 ranks divide both."""
+
+
 def scaled_down(config: Config) -> tuple[Config, int]:
     """The job at a size that a laptop proves in seconds, made hostile; returns it with a vocabulary size.
 
@@ -152,6 +159,10 @@ def scaled_down(config: Config) -> tuple[Config, int]:
     model = replace(
         m, layers=5, hidden=hidden, heads=4, kv_heads=grouped, ffn_hidden=100, vocab_size=67, sequence=16, init_std=0.15
     )
+    data = config.data
+    if m.encoder_layers:
+        model = replace(model, layers=4, encoder_layers=3, source_sequence=SOURCES[data.objective][0])
+        data = replace(data, **SOURCES[data.objective][1])
     if m.experts:
         model = replace(
             model, experts=8, experts_per_token=min(3, m.experts_per_token), expert_hidden=36,
@@ -169,7 +180,7 @@ def scaled_down(config: Config) -> tuple[Config, int]:
     precision = replace(config.precision, initial_loss_scale=min(SCALE, config.precision.initial_loss_scale))
     schedule = replace(config.schedule, unit="steps", warmup=2, decay=0)
     small = replace(
-        config, model=model, train=train, optimizer=optimizer, schedule=schedule, precision=precision
+        config, model=model, data=data, train=train, optimizer=optimizer, schedule=schedule, precision=precision
     )
     return replace(small, parallel=replace(config.parallel, bucket_elements=4_000)), 67
 
@@ -209,10 +220,11 @@ def _samples(config: Config, vocab_size: int, count: int, generator: torch.Gener
                 tokens[1:].contiguous(),
                 weights,
                 positions.contiguous(),
-                documents if config.data.reset_attention else None,
+                documents if config.data.reset_attention or _packed(config) else None,
                 torch.tensor([index]),
                 prefix=prefix if config.data.objective == "prefix" else None,
                 **_extras(config, index, generator),
+                **_source(config, vocab_size, generator),
             )
         )
     return batch
@@ -229,6 +241,23 @@ def _extras(config: Config, index: int, generator: torch.Generator) -> dict[str,
         found["labels"] = torch.randint(model.sentence_classes, (1,), generator=generator)
         found["label_weights"] = torch.tensor([float(index % 4 != 1)])
     return found
+
+
+def _source(config: Config, vocab_size: int, generator: torch.Generator) -> dict[str, torch.Tensor | None]:
+    """What an encoder reads; of several documents, of which some have no target and some targets have none."""
+    length = config.model.source_sequence
+    if not length:
+        return {}
+    documents = (torch.rand(length, 1, generator=generator) < 0.15).long().cumsum(0)
+    return {
+        "source": torch.randint(vocab_size, (length, 1), generator=generator),
+        "source_segments": documents if _packed(config) else None,
+    }
+
+
+def _packed(config: Config) -> bool:
+    """Whether source and target hold several documents: under one of the objectives of encoder-decoders."""
+    return config.data.objective == "span_corruption"
 
 
 def share(batch: list[Microbatch], rank: int, size: int, microbatch: int) -> list[Microbatch]:

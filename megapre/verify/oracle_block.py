@@ -53,7 +53,7 @@ def block(
     """One layer of [seq, batch, hidden]; ``work`` is its MLP or mixture of experts."""
 
     def attend(x: Tensor) -> Tensor:
-        attended = _attention(model, w, f"{name}.attention", layer, x, m, drop)
+        attended = attention(model, w, f"{name}.attention", layer, x, m, drop)
         return drop(attended, model.dropout, site(layer, ATTENTION))
 
     def think(x: Tensor) -> Tensor:
@@ -106,9 +106,10 @@ def pointwise(name: str, x: Tensor) -> Tensor:
     return F.gelu(x, approximate="none" if name == "gelu_exact" else "tanh")
 
 
-def _attention(
+def attention(
     model: ModelConfig, w: Weights, name: str, layer: int, x: Tensor, m: Microbatch, drop: Dropper
 ) -> Tensor:
+    """Self-attention of x [seq, batch, hidden]."""
     length, batch, _ = x.shape
     place = torch.arange(length)
     q, k, v = (

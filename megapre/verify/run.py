@@ -387,6 +387,8 @@ def _limit(name: str, base: dict[str, float], resolution: float) -> float:
 
 
 def _kin(name: str) -> str:
-    """What ``name`` shares its baseline with: the same tensor of other blocks, a norm with every other norm."""
-    norms = r"(blocks\.\d+\.\w+_norm|head\.norm|head\.transform_norm|embedding\.norm)"
+    """What ``name`` shares its baseline with: the same tensor of other blocks (cross-attention's with attention's), a
+    norm with every other norm."""
+    name = name.replace("encoder.", "").replace(".cross.", ".attention.")
+    norms = r"(blocks\.\d+\.\w+_norm|head\.norm|head\.transform_norm|embedding\.\w*norm|(?<=/)norm)"
     return re.sub(r"\d+", "*", re.sub(norms, "norm", name))

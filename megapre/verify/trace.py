@@ -202,11 +202,15 @@ def _microbatches(config: Config) -> list[Microbatch]:
         return torch.zeros(shape, dtype=torch.int64)
 
     segments = config.data.reset_attention
+    source = None
+    if config.model.source_sequence:
+        source = torch.zeros((config.model.source_sequence, train.microbatch), dtype=torch.int64)
     return [
         Microbatch(
             ids(), ids(), torch.ones(shape), ids(), ids() if segments else None,
             torch.zeros(train.microbatch, dtype=torch.int64),
             prefix=torch.ones(train.microbatch, dtype=torch.int64) if config.data.objective == "prefix" else None,
+            source=source,
         )
         for _ in range(train.global_batch // (train.microbatch * config.parallel.data))
     ]  # fmt: skip

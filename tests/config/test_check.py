@@ -14,6 +14,11 @@ from megapre.config.schema import Config
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
 
+PAIR = {
+    "model__architecture": "encoder_decoder", "model__encoder_layers": 2, "model__source_sequence": 18,
+    "data__objective": "span_corruption",
+}  # fmt: skip
+
 
 def job(**settings: Any) -> Config:
     """``job(model__heads=3)``: the defaults with some keys changed."""
@@ -57,6 +62,15 @@ def test_defaults_pass_and_data_resolves() -> None:
         ({"parallel__pipeline": 3}, None, ["model.layers (2)", "parallel.pipeline (3)"]),
         ({"parallel__layers_per_stage": [1, 1]}, None, ["2 entries", "parallel.pipeline = 1"]),
         ({"parallel__pipeline": 2, "parallel__layers_per_stage": [1, 2]}, None, ["sums to 3", "model.layers is 2"]),
+        ({"model__encoder_layers": 2}, None, ["model.encoder_layers (2) belongs to", "'encoder_decoder'"]),
+        ({**PAIR, "model__source_sequence": 0}, None, ["needs model.source_sequence of at least 1"]),
+        ({**PAIR, "parallel__context": 2}, None, ["parallel.context (2)", "two sequences"]),
+        ({**PAIR, "model__experts": 4}, None, ["no experts", "not 4"]),
+        ({**PAIR, "model__parallel_block": True}, None, ["no place for the cross-attention"]),
+        ({**PAIR, "parallel__tensor": 4, "parallel__sequence": True}, None, ["model.source_sequence (18)", "(4)"]),
+        ({**PAIR, "parallel__pipeline": 2, "parallel__layers_per_stage": [1, 2]}, None,
+         ["sums to 3", "model.layers + model.encoder_layers is 4"]),
+        ({**PAIR, "data__objective": "causal"}, None, ["'span_corruption'", "not 'causal'"]),
         ({"parallel__pipeline": 2, "parallel__layers_per_stage": [0, 2]}, None, ["holds 0"]),
         ({"train__microbatch": 3}, None, ["train.global_batch (8)", "3 x 1"]),
         ({"parallel__data": 3}, None, ["train.global_batch (8)", "1 x 3"]),

@@ -2,10 +2,12 @@
 
 import random
 from dataclasses import replace
+from math import prod
 
 import pytest
 
 from megapre.config.schema import Config, ModelConfig, MonitorConfig
+from megapre.models import spec
 from megapre.monitor import throughput
 from megapre.monitor.throughput import Throughput, data_sheet_peak, flops_per_token, peak_tflops
 
@@ -42,6 +44,21 @@ def test_against_a_count_of_every_multiplication() -> None:
         linear = model.layers * sum(2 * m * k * n for m, k, n in gemms) + 2 * s * h * vocab
         attention = model.layers * model.heads * (2 * s * s * d) * 2 / (2 if model.architecture == "decoder" else 1)
         assert flops_per_token(model, vocab) * s == pytest.approx(3 * (linear + attention)), seed
+
+
+def test_an_encoder_and_cross_attention_count_with_their_own_lengths() -> None:
+    """Against the sum over the tensors of the spec, each times the tokens it meets, and the scores written out."""
+    model = ModelConfig(
+        architecture="encoder_decoder", layers=3, encoder_layers=2, hidden=24, heads=4, kv_heads=2, sequence=10,
+        source_sequence=14, activation="geglu", bias=False, norm="rmsnorm", positions="none", tied_embeddings=False,
+    )  # fmt: skip
+    linear = 0
+    for tensor in spec.tensors(model, 50):
+        if len(tensor.shape) == 2 and tensor.name != "embedding.tokens.weight":
+            of_source = "encoder." in tensor.name or ".cross.k" in tensor.name or ".cross.v" in tensor.name
+            linear += 2 * prod(tensor.shape) * (14 if of_source else 10)
+    scores = 4 * 24 * (2 * 14 * 14 + 3 * 10 * 10 / 2 + 3 * 10 * 14)
+    assert flops_per_token(model, 50) * 10 == pytest.approx(3 * (linear + scores))
 
 
 def test_only_experts_that_work_on_a_token_count() -> None:

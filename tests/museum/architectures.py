@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.museum.mutant import Mutant
 
+PAIRS = "tests/equivalence/test_encoder_decoder.py::test_layout_agrees_with_the_oracle"
 EXECUTOR = "tests/parallel/test_executor.py::test_a_tuple_of_tensors_goes_through_any_schedule"
 
 ARCHITECTURE_MUTANTS = (
@@ -30,5 +31,61 @@ ARCHITECTURE_MUTANTS = (
         "tuple(g for x, g in needed if g is not None)",
         f"{EXECUTOR}[False-interleaved-2-4]",
         "a stage that reads one tensor of two sends back one gradient, and the stage before takes it for the other",
+    ),
+    Mutant(
+        "cross-attention-reads-the-decoder",
+        "megapre/models/encoder_decoder.py",
+        "join_and_norm(ctx, last, y, *self.cross(ctx, h, memory))",
+        "join_and_norm(ctx, last, y, *self.cross(ctx, h, memory[: len(h)] + h.mean()))",
+        f"{PAIRS}[t5-1x2x2+zero3]",
+        "keys and values of cross-attention that come from the decoder too",
+    ),
+    Mutant(
+        "cross-attention-is-causal",
+        "megapre/models/encoder_decoder.py",
+        "            return Mask()\n",
+        "            return Mask(causal=True)\n",
+        f"{PAIRS}[bart-1x1x2+zero3]",
+        "a decoder reads the encoder's output up to its own position only",
+    ),
+    Mutant(
+        "cross-attention-crosses-documents",
+        "megapre/models/encoder_decoder.py",
+        "return Mask(documents=(asked.new_zeros(ctx.tokens.shape) if asking is None else asking, asked))",
+        "return Mask()",
+        f"{PAIRS}[t5-1x2x2+zero3]",
+        "targets of one document read the source of another",
+    ),
+    Mutant(
+        "encoder-and-decoder-embeddings-drop-alike",
+        "megapre/models/build.py",
+        '"encoder.embedding", 1)',
+        '"encoder.embedding", 0)',
+        f"{PAIRS}[t5-1x2x2+zero3]",
+        "source and target share the site of a dropout mask",
+    ),
+    Mutant(
+        "cross-attention-drops-as-self-attention",
+        "megapre/models/encoder_decoder.py",
+        "sites = [site(CROSS + self.layer, WEIGHTS",
+        "sites = [site(self.layer, WEIGHTS",
+        f"{PAIRS}[t5-1x2x2+zero3]",
+        "two attentions of a block share their dropout masks",
+    ),
+    Mutant(
+        "one-table-of-distances-for-both-stacks",
+        "megapre/models/build.py",
+        'home = "encoder" if name.startswith("encoder.") else "embedding"',
+        'home = "embedding"',
+        f"{PAIRS}[t5-4x1x1]",
+        "T5's encoder uses the decoder's relative bias",
+    ),
+    Mutant(
+        "encoders-norm-in-front-of-its-last-block",
+        "megapre/models/encoder_decoder.py",
+        "        (x,) = self.block(source_of(ctx), x)\n        return x if self.norm is None else self.norm(x), y\n",
+        "        (x,) = self.block(source_of(ctx), x if self.norm is None else self.norm(x))\n        return x, y\n",
+        f"{PAIRS}[t5-1x2x2+zero3]",
+        "the encoder's output leaves it without its final norm",
     ),
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megapre.config.check import check
-from megapre.config.schema import Config, ModelConfig, PrecisionConfig
+from megapre.config.schema import Config, DataConfig, ModelConfig, PrecisionConfig
 from megapre.resilience.connect import connected
 from megapre.resilience.ranks import Ranks
 from megapre.verify.cells import parse, scaled_down
@@ -27,7 +27,11 @@ LLAMA = Config(
     precision=PrecisionConfig(dtype="bf16"),
 )  # fmt: skip
 GPT = Config(model=ModelConfig(heads=4))
-JOBS = {"llama": LLAMA, "gpt": GPT}
+BART = Config(
+    model=ModelConfig(heads=4, architecture="encoder_decoder", encoder_layers=3, source_sequence=20),
+    data=DataConfig(objective="denoising"),
+)
+JOBS = {"llama": LLAMA, "gpt": GPT, "bart": BART}
 
 
 def real(ranks: Ranks, config: Config, vocab_size: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
@@ -42,7 +46,7 @@ def real(ranks: Ranks, config: Config, vocab_size: int) -> tuple[dict[str, int],
     ("job", "layout"),
     [
         ("gpt", "1x1x1"), ("llama", "2x1x1+sp"), ("gpt", "1x2x2"), ("llama", "1x2x1+zb-v:2"),
-        ("llama", "1x1x1+ring:2"),
+        ("llama", "1x1x1+ring:2"), ("bart", "1x2x1"),
     ],
 )  # fmt: skip
 def test_a_real_step_holds_and_sends_what_trace_says(job: str, layout: str, pool: RankPool) -> None:
@@ -50,7 +54,7 @@ def test_a_real_step_holds_and_sends_what_trace_says(job: str, layout: str, pool
     cell = parse(layout)
     config, vocab_size = scaled_down(JOBS[job])
     config = check(cell.apply(config), cell.world)
-    carry = config.model.sequence * config.train.microbatch * config.model.hidden * 4
+    carry = (config.model.sequence + config.model.source_sequence) * config.train.microbatch * config.model.hidden * 4
     for rank, (static, peak, traffic) in enumerate(pool.run(cell.world, real, config, vocab_size)):
         found = trace(config, vocab_size, rank)
         assert (found.static, found.traffic) == (static, traffic), f"rank {rank}"

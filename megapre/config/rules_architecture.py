@@ -1,0 +1,51 @@
+"""What each architecture needs and what it cannot be combined with; rules as in ``check.py``."""
+
+from __future__ import annotations
+
+from megapre.config.schema import Config
+
+
+def encoder_is_described(config: Config) -> str | None:
+    """An encoder beside the decoder has blocks and a length; no other architecture reads them."""
+    model = config.model
+    keys = {"model.encoder_layers": model.encoder_layers, "model.source_sequence": model.source_sequence}
+    for key, value in keys.items():
+        if model.architecture == "encoder_decoder" and not value:
+            return f"model.architecture = 'encoder_decoder' needs {key} of at least 1, not 0"
+        if model.architecture != "encoder_decoder" and value:
+            return (
+                f"{key} ({value}) belongs to model.architecture = 'encoder_decoder' but this one is "
+                f"'{model.architecture}': leave it out"
+            )
+    return None
+
+
+def encoder_decoder_fits(config: Config) -> str | None:
+    """What cross-attention and two sequences are not combined with."""
+    model, parallel = config.model, config.parallel
+    if model.architecture != "encoder_decoder":
+        return None
+    if parallel.context > 1:
+        return (
+            f"parallel.context ({parallel.context}) cannot cut the two sequences of model.architecture = "
+            f"'encoder_decoder': set it to 1"
+        )
+    if model.experts:
+        return f"model.architecture = 'encoder_decoder' has no experts: set model.experts to 0, not {model.experts}"
+    for key in ("embedding_size", "token_types", "mlm_transform", "sentence_classes", "share_layers"):
+        if getattr(model, key):
+            shown = str(getattr(model, key)).lower()
+            return f"model.{key} ({shown}) belongs to single stacks, not to model.architecture = 'encoder_decoder'"
+    if model.parallel_block:
+        return "model.parallel_block has no place for the cross-attention of 'encoder_decoder': set it to false"
+    if parallel.sequence and model.source_sequence % parallel.tensor:
+        return (
+            f"parallel.sequence needs model.source_sequence ({model.source_sequence}) to be a multiple of "
+            f"parallel.tensor ({parallel.tensor}): change one of them or set parallel.sequence to false"
+        )
+    if config.train.sequence_ramp:
+        return "train.sequence_ramp cannot cut samples of a source and a target: leave it empty"
+    return None
+
+
+ARCHITECTURE_RULES = (encoder_is_described, encoder_decoder_fits)
