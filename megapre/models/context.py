@@ -95,6 +95,8 @@ class Context:
     """Lets an auxiliary loss (second; a sum over sequences) into backward where an activation (first) passes."""
     routed: dict[int, Routed] = field(default_factory=dict)
     """Filled by every router, by layer, in training."""
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """Filled by the head with the losses that it adds up, by name (``training/loss.py``)."""
     rms: dict[int, Tensor] | None = None
     """Filled with the mean square of each block's output, when asked for."""
 

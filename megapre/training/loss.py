@@ -14,9 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megapre.config.schema import ModelConfig
 from megapre.kernels.registry import Kernels
 from megapre.models.context import Context
 from megapre.parallel.tensor import Linear, LossTerms, head_loss
+
+
+def loss_parts(model: ModelConfig) -> tuple[str, ...]:
+    """Names of the losses whose sum a model is trained on."""
+    return ("tokens", "sentences") if model.sentence_classes else ("tokens",)
 
 
 class Loss:
@@ -33,12 +39,16 @@ class Loss:
         """Scaled sum of the cross-entropies of the samples' labels under ``logits`` [batch, classes]."""
         assert context.labels is not None and context.label_weights is not None
         losses = functional.cross_entropy(logits.to(self.scale.dtype), context.labels, reduction="none")
-        return (losses * context.label_weights.to(self.scale.dtype)).sum() * self.label_scale
+        loss = (losses * context.label_weights.to(self.scale.dtype)).sum() * self.label_scale
+        context.parts["sentences"] = loss.detach()
+        return loss
 
     def __call__(self, output: Linear, x: Tensor, context: Context) -> Tensor:
         """Scaled sum of the losses of the tokens whose normed features are ``x`` [seq or seq/t, batch, hidden]."""
         scale = context.weights.to(self.scale.dtype) * self.scale
-        return head_loss(output, x, context.targets, scale, self.terms, self.kernels)
+        loss = head_loss(output, x, context.targets, scale, self.terms, self.kernels)
+        context.parts["tokens"] = loss.detach()
+        return loss
 
 
 class Auxiliary:

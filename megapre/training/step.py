@@ -27,7 +27,7 @@ from megapre.parallel.pipeline.executor import Carried, Executor, Memory
 from megapre.parallel.pipeline.schedules import plans
 from megapre.parallel.placement import Address
 from megapre.parallel.tensor import LossTerms
-from megapre.training.loss import Auxiliary, Loss
+from megapre.training.loss import Auxiliary, Loss, loss_parts
 from megapre.training.routing import Routing
 
 
@@ -114,9 +114,17 @@ class TrainStep:
 
     def evaluate(self, microbatches: Sequence[Microbatch], counts: Counts) -> Tensor:
         """Mean loss over held-out ``microbatches``, dropout off, on every rank."""
+        return self.held_out(microbatches, counts)["loss"]
+
+    def held_out(self, microbatches: Sequence[Microbatch], counts: Counts) -> dict[str, Tensor]:
+        """``evaluate`` as ``loss``, and where that is a sum of several losses each of them as ``loss/NAME``."""
         contexts = self._contexts(microbatches, counts, 0, False, training=False)
         losses = self.executor.run(self._plan(len(contexts), False), contexts, self._carried(microbatches), self.flat)
-        return self._mean_loss(losses) / self.scaler.value
+        names = loss_parts(self.config.model)
+        parts = {name: [c.parts[name] for c in contexts if name in c.parts] for name in names if len(names) > 1}
+        means = {f"loss/{name}": self._mean_loss(part) for name, part in parts.items()}
+        means["loss"] = self._mean_loss(losses)
+        return {name: mean / self.scaler.value for name, mean in means.items()}
 
     def _plan(self, microbatches: int, training: bool) -> list[Action]:
         """This rank's schedule; plans are kept, as a step of a run is like the one before."""

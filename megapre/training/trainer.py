@@ -170,10 +170,12 @@ class Trainer:
         if not self.validation:
             return
         with self.throughput.pause():
-            loss = float(self.step.evaluate(self.validation, self.held_out))
+            values = {name: float(loss) for name, loss in self.step.held_out(self.validation, self.held_out).items()}
+        loss = values["loss"]
         if self._due(self.config.train.eval_interval):  # not the extra one at the end of a run that may be prolonged
             self.plateau.observe(loss)
-        self.monitor.log(self.done, {"loss": loss, "perplexity": math.exp(min(loss, 700))}, split="validation")
+        perplexity = math.exp(min(values.get("loss/tokens", loss), 700))
+        self.monitor.log(self.done, {**values, "perplexity": perplexity}, split="validation")
 
     def save(self, *, last: bool = False) -> None:
         """Write a checkpoint of the current step; only of the last one is a failure the end of the run."""

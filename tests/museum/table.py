@@ -458,8 +458,8 @@ MUTANTS = (
     Mutant(
         "evaluation-divides-twice",
         "megapre/training/step.py",
-        "_shape(microbatches), self.flat)\n        return self._mean_loss(losses) / self.scaler.value",
-        "_shape(microbatches), self.flat)\n        return self._mean_loss(losses) / self.scaler.value / counts.targets",
+        "return {name: mean / self.scaler.value for",
+        "return {name: mean / self.scaler.value / counts.targets for",
         "tests/training/test_step.py::test_validation_loss_is_the_training_loss",
         "torchtitan #2318: the validation loss divided twice",
     ),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megapre.config.schema import Config, ModelConfig, MonitorConfig, OptimizerConfig, PrecisionConfig
+from megapre.config.schema import Config, DataConfig, ModelConfig, MonitorConfig, OptimizerConfig, PrecisionConfig
 from megapre.data.loader import Counts, count
 from megapre.parallel.grid import single
 from megapre.training.engine import Engine, build
@@ -70,6 +70,20 @@ def test_activation_rms_is_reported_by_layer() -> None:
     result = made.step(batch, Counts(100), 0, 1e-3)
     assert result.rms is not None and result.rms.shape == (config.model.layers,)
     assert bool((result.rms > 0).all())
+
+
+def test_held_out_losses_are_told_apart_and_add_up() -> None:
+    job = Config(
+        model=ModelConfig(architecture="encoder", sentence_classes=2, token_types=2),
+        data=DataConfig(objective="sentence_order"),
+    )
+    config, vocab_size = scaled_down(job)
+    made = build(Cell().apply(config), single(), torch.device("cpu"), vocab_size)
+    batch = batches(config, vocab_size, 1)[0]
+    found = {name: float(loss) for name, loss in made.step.held_out(batch, count(batch)).items()}
+    assert set(found) == {"loss", "loss/tokens", "loss/sentences"} and min(found.values()) > 0
+    assert abs(found["loss"] - found["loss/tokens"] - found["loss/sentences"]) < 1e-5
+    assert found["loss"] == float(made.step.evaluate(batch, count(batch)))
 
 
 def test_evaluation_does_not_change_training() -> None:

@@ -1,0 +1,65 @@
+"""A few steps of every job of examples/objectives: its layout and one rank are asked, and lose, the same.
+
+That each learns, `benchmarks/learning.py` shows.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megapre.config.check import check, world_size
+from megapre.config.load import load
+from megapre.config.schema import Config
+from megapre.data.pack import plan
+from megapre.verify.pool import RankPool
+from tests.data.test_objective_data import SPLIT, write
+from tests.training.jobs import losses, run
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "objectives"
+JOBS = sorted(path.stem for path in FOLDER.glob("*.toml"))
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> str:
+    prefix = write(tmp_path_factory.mktemp("text") / "a", documents=60, sentences=12)
+    plan(prefix, 64, SPLIT, sentences=True)
+    return prefix
+
+
+def job(name: str, prefix: str, run_dir: Path, *changes: str) -> Config:
+    """The example, narrower and short, on made-up text whose tokens tell their document."""
+    small = [
+        f'data.paths=["{prefix}"]', f"data.split={json.dumps(SPLIT)}", "data.tokenizer_model=", "model.vocab_size=400",
+        "data.tokenizer_type=NullTokenizer", "model.hidden=32", f"train.steps={STEPS}", "train.global_batch=4",
+        "train.microbatch=1", "train.eval_samples=4", "train.device=cpu", "train.threads=1", "schedule.warmup=0",
+        f"train.run_dir={run_dir}", "monitor.interval=1", "checkpoint.resume=false",
+    ]  # fmt: skip
+    return check(load(FOLDER / f"{name}.toml", [*small, *changes]))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_an_example_trains_alike_on_its_layout_and_on_one_rank(
+    name: str, pair: str, pool: RankPool, tmp_path: Path
+) -> None:
+    one = job(name, pair, tmp_path / "one", "parallel.data=1", "parallel.tensor=1", "parallel.pipeline=1")
+    laid_out = job(name, pair, tmp_path / "laid-out")
+    assert world_size(laid_out) > 1
+    assert pool.run(1, run, one) == [0]
+    assert pool.run(world_size(laid_out), run, laid_out) == [0] * world_size(laid_out)
+    for split in ("train", "validation"):
+        found = [losses(tmp_path / folder, split) for folder in ("one", "laid-out")]
+        a, b = ({step: float.fromhex(loss) for step, loss in rows.items()} for rows in found)
+        assert a.keys() == b.keys() and len(a) >= 1
+        assert all(abs(a[step] - b[step]) < 2e-4 * a[step] for step in a), (name, split, a, b)
+
+
+def test_every_objective_has_an_example() -> None:
+    """Some architectures are to come, and their jobs with them."""
+    from megapre.objectives.table import OBJECTIVES
+
+    missing = set(OBJECTIVES) - set(JOBS)
+    assert missing <= {"permuted", "replaced", "span_corruption", "denoising"}
