@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 #   make setup TORCH_INDEX="--extra-index-url https://download.pytorch.org/whl/cpu"
 TORCH_INDEX ?=
 
-.PHONY: setup test demo docs lint nightly slurm clean
+.PHONY: setup test demo docs lint nightly faults-full slurm clean
 
 setup: $(VENV)/.ready
 
@@ -50,6 +50,11 @@ nightly: setup $(if $(filter faults,$(LANE)),slurm)
 		$(BIN)/python -m pip install -q --no-deps --target build/megatron megatron-core==0.16.1
 	MEGATRON_CORE_PATH=build/megatron $(BIN)/python -m pytest -rs --durations=15 \
 		$(if $(LANE),-m "not gpu" $(wildcard $(addprefix tests/,$($(LANE)))),-m nightly)
+	test "$(LANE)" != faults || $(BIN)/python -m tests.faults.series
+
+# The counts of a release, hours of it, as root; its table goes into docs/operations.md. ROWS=kills,soak runs some.
+faults-full: setup
+	$(BIN)/python -m tests.faults.series --full $(if $(ROWS),--rows $(ROWS))
 
 # What the faults lane runs its jobs under: Debian's Slurm, used without systemd and only while the tests run.
 slurm:

@@ -89,6 +89,7 @@ def train(args: argparse.Namespace) -> int:
         timeout=config.resilience.timeout,
         log=Path(config.train.run_dir) / "log",
         secret=shared_secret(Path(config.train.run_dir), node.node, launch_name(os.environ)) if node.nodes > 1 else b"",
+        stop=stop,
     )
 
 

@@ -20,7 +20,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from megapre.resilience.peers import Peers
 from megapre.resilience.pulse import ATTEMPTS, VARIABLE, PulseFile
 from megapre.resilience.ranks import LOOPBACK
 from megapre.resilience.rendezvous import BACKEND, meeting
-from megapre.resilience.signals import STOP_SIGNALS
+from megapre.resilience.signals import STOP_SIGNALS, StopRequest
 from megapre.resilience.watch import Watch, send
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def launch(
     timeout: float = 600.0,
     log: Path | None = None,
     secret: bytes = b"",
+    stop: StopRequest | None = None,
 ) -> int:
     """Run ``target(argv)`` on this host's ``world / nnodes`` ranks and return the exit code of all.
 
@@ -67,6 +68,7 @@ def launch(
     rank that hangs is ended as by a crash (`hang`); ``timeout`` bounds its start. Failures go to ``log/events.jsonl``.
     With a ``secret`` as well, shared by all nodes, the nodes listen to each other (`peers`), and a cut link ends the
     attempt likewise.
+    ``stop`` took the stop signals until now: one that it holds is passed on to the ranks.
     SIGTERM, SIGUSR1 and a first Ctrl-C are forwarded to the ranks; a second Ctrl-C kills them and raises
     KeyboardInterrupt. Raises ValueError when ``world`` is no multiple of ``nnodes``.
     """
@@ -83,6 +85,8 @@ def launch(
     PulseFile(board.pulse, local_world)
     os.environ[VARIABLE] = str(board.pulse)
     before = _take_signals(board)
+    if stop and stop.requested():
+        board.stop.value = signal.Signals[stop.reason]
     try:
         _start_fork_server(preload)
         peers = _listen(node_rank, nnodes, address, port, secret, heartbeat) if nnodes > 1 and secret else None
@@ -144,6 +148,8 @@ def _take_signals(board: worker.Board) -> dict[int, Any]:
 def _start_fork_server(preload: Sequence[str]) -> None:
     """Start it with the stop signals blocked; what arrives meanwhile is delivered afterwards."""
     multiprocessing.set_forkserver_preload([*PRELOAD, *preload])
+    # Beforehand: it unblocks SIGTERM and SIGINT when it starts, and a scheduler's SIGTERM would reach the fork server.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         forkserver.ensure_running()
@@ -165,6 +171,8 @@ def _supervise(
     """Run the elastic agent in this thread until the ranks are done or have failed too often."""
     # The end of a launch over nodes closes node 0's store under the other agents, which log a C++ stack each.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # `Watch` ends the survivors of a failure sooner, unless it was of a rank that had not made itself known yet.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
     # Here, not above: it takes seconds, which the fork server spends importing the same in parallel.
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -257,4 +257,12 @@ STATE = (
         "tests/faults/test_hostile.py::test_crafted_files_run_no_code_and_take_no_memory",
         "a crafted manifest makes the reader take a terabyte of memory",
     ),
+    Mutant(
+        "fork-server-dies-of-the-schedulers-signal",
+        "megapre/resilience/launcher.py",
+        "    resource_tracker.ensure_running()\n",
+        "",
+        "tests/resilience/test_launcher.py::test_signals_reach_the_ranks_even_when_every_process_gets_them",
+        "ours: SIGTERM to every process of a job killed the fork server, its ranks, and every rank of later attempts",
+    ),
 )

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -71,5 +72,11 @@ def rank_main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     heartbeat, log = float(os.environ.get("HEARTBEAT", "0")), os.environ.get("LOG")
-    watching = {"heartbeat": heartbeat, "log": Path(log) if log else None}
+    watching: dict = {"heartbeat": heartbeat, "log": Path(log) if log else None}
+    from megapre.resilience.signals import StopRequest
+
+    asked = StopRequest().install()
+    if sys.argv[2] == "early-stop":
+        os.kill(os.getpid(), signal.SIGTERM)
+    watching["stop"] = asked
     sys.exit(launch(int(sys.argv[1]), rank_main, sys.argv[2:], max_restarts=2, threads=1, **watching))

@@ -108,11 +108,20 @@ def test_a_survivor_that_does_not_notice_is_ended_within_the_grace(start: Start)
 
 
 def test_signals_reach_the_ranks_even_when_every_process_gets_them(start: Start) -> None:
-    job = start(2, "loop")
-    job.until(lambda: len(job.pids()) == 2)
-    os.killpg(job.process.pid, signal.SIGUSR1)
+    """A scheduler signals the fork server too, which must not die of it: its ranks would."""
+    jobs = {number: start(2, "loop") for number in (signal.SIGUSR1, signal.SIGTERM)}
+    for number, job in jobs.items():
+        job.until(lambda job=job: len(job.pids()) == 2)  # type: ignore[misc]
+        os.killpg(job.process.pid, number)
+    for number, job in jobs.items():
+        assert job.code() == 75, job.text()
+        assert f"saved after {number.name}" in job.text() and "killed" not in job.text(), job.text()
+
+
+def test_a_stop_that_came_before_the_launcher_took_over_is_passed_on(start: Start) -> None:
+    job = start(2, "early-stop")
     assert job.code() == 75, job.text()
-    assert "saved after SIGUSR1" in job.text() and "restart" not in job.text()
+    assert "saved after SIGTERM" in job.text()
 
 
 def test_a_stop_during_the_start_is_not_lost(start: Start) -> None:
