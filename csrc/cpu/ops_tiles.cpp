@@ -13,14 +13,14 @@ namespace {
 
 constexpr int64_t SIDE = 32, BLOCK = 512;  // vocabulary rows whose gradient is in the cache at a time
 
+// Called where has_tiles() alone.
 const TileKernels* chosen() {
 #ifdef MEGAPRE_X86
-  if (attention_kernels() == amx::attention) return &amx::tiles;
-#endif
+  return &amx::tiles;
+#else
   return nullptr;
+#endif
 }
-
-bool has_tiles() { return chosen() != nullptr; }
 
 int64_t round_up(int64_t n) { return (n + SIDE - 1) / SIDE * SIDE; }
 

@@ -1,7 +1,7 @@
 // The output layer's loss and weight gradients on AMX tiles; see tiles.h. Formulas: megapre/kernels/cross_entropy.py.
 #include "tiles.h"
 
-#include "attention_engine.h"
+#include "products.h"
 
 namespace megapre {
 namespace MEGAPRE_VARIANT {
@@ -200,7 +200,7 @@ static void gradient(const HeadChunk& h, int64_t row, int64_t place, int64_t blo
     ahead.at[1] = (const char*)(sums + SIDE * h.width), ahead.bytes[1] = SIDE * h.width * sizeof(float);
   }
   multiply<true>(sums, h.width, rows, n, (const uint32_t*)h.places, h.width, n, ahead);
-  pair_rows(weight, pairs, SIDE, h.width);
+  pair_rows(weight, h.width, pairs, SIDE, h.width);
   transpose((const uint32_t*)pairs, h.width, (uint32_t*)turned_ + place / 2, block / 2, SIDE / 2, h.width);
 }
 
