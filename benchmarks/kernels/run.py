@@ -1,6 +1,6 @@
 """C++ kernels against torch eager and torch.compile, forward + backward, on this machine's CPU.
 
-    python benchmarks/kernels/run.py [--ops rms_norm swiglu ...] [--rounds 9] [--write]
+    python benchmarks/kernels/run.py [--ops rms_norm swiglu ...] [--rounds 9] [--clock wall|cpu] [--write]
 
 Every op has a process of its own, where all its versions run with the same allocator settings and threads, one after
 the other in every round, each round starting with another one; a ratio is the median of the rounds' ratios, with its
@@ -15,7 +15,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +30,6 @@ GOALS = {"rms_norm": 2.5, "cross_entropy": 3.5, "linear_cross_entropy": 1.5, "sw
          "attention_256": 2.0, "attention_1024": 2.0, "attention_4096": 2.0, "attention_1024_fp32": 1.0}  # fmt: skip
 """Least ratio to torch.compile that the project promises."""
 MEMORY_GOAL = 10.0
-BEGIN, END = "<!-- benchmarks/kernels/run.py -->", "<!-- end of the table -->"
 
 
 def main() -> int:
@@ -39,6 +37,7 @@ def main() -> int:
     parser.add_argument("--ops", nargs="*", help="names of cases (default: all)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default 9)")
     parser.add_argument("--write", action="store_true", help="write the table into docs/kernels.md")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU seconds, for a busy machine")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -53,67 +52,43 @@ def main() -> int:
     from benchmarks.kernels import cases
 
     if args.one:
-        return one(args.one, args.rounds)
+        return one(args.one, args.rounds, args.clock)
     rows, failed = [], False
     for name in args.ops or list(cases.CASES):
-        command = [sys.executable, __file__, "--one", name, "--rounds", str(args.rounds)]
+        command = [sys.executable, __file__, "--one", name, "--rounds", str(args.rounds), "--clock", args.clock]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         print(done.stdout.strip(), flush=True)
         failed |= done.returncode != 0
         rows += [line for line in done.stdout.splitlines() if line.startswith("|")]
-    table = "\n".join(heading() + rows)
+    table = "\n".join(heading(args.clock) + rows)
     if "linear_cross_entropy" in (args.ops or cases.CASES):
         table += "\n\n" + memory()
     print("\n" + table)
     if args.write and not failed:
-        path = ROOT / "docs" / "kernels.md"
-        before, rest = path.read_text().split(BEGIN)
-        path.write_text(before + BEGIN + "\n" + table + "\n" + END + rest.split(END)[1])
+        from benchmarks.kernels import docs
+
+        docs.write("benchmarks/kernels/run.py", table)
     return int(failed)
 
 
-def one(name: str, rounds: int) -> int:
+def one(name: str, rounds: int, clock: str) -> int:
     """Check and time one op; prints its row, or why there is none."""
-    from benchmarks.kernels import cases
+    from benchmarks.kernels import cases, setting, timing
 
-    case = cases.CASES[name]()
+    case = cases.CASES[name](setting.on_cpu())
     errors = case.errors()
     if not errors["megapre"] <= case.tolerance:
         print(f"{name}: error {errors['megapre']:.1e} against fp64, tolerance {case.tolerance:.1e}: not timed")
         return 1
-    print(row(name, case, interleaved(case, rounds), errors))
+    print(row(name, case, timing.interleaved(case, rounds, timing.CLOCKS[clock]), errors))
     return 0
 
 
-def interleaved(case, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every arm in every round; what an arm destroys is restored outside the timing."""
-    arms = list(case.arms)
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
-    for index in range(-2, rounds):
-        for shift in range(len(arms)):
-            arm = arms[(index + shift) % len(arms)]
-            case.restore()
-            start = time.perf_counter()
-            case.arms[arm]()
-            if index >= 0:
-                times[arm].append(time.perf_counter() - start)
-    return times
-
-
-def median(values: list[float]) -> float:
-    ordered = sorted(values)
-    return (ordered[len(ordered) // 2] + ordered[(len(ordered) - 1) // 2]) / 2
-
-
-def ratio(times: dict[str, list[float]], arm: str) -> str:
-    if arm not in times:
-        return "-"
-    found = sorted(other / ours for other, ours in zip(times[arm], times["megapre"]))
-    return f"{median(found):.2f} ({found[len(found) // 4]:.2f}-{found[(3 * len(found)) // 4]:.2f})"
-
-
 def row(name: str, case, times: dict[str, list[float]], errors: dict[str, float]) -> str:
-    cells = [name, case.shape, f"{1e3 * median(times['megapre']):.2f}", ratio(times, "eager"), ratio(times, "compile")]
+    from benchmarks.kernels.timing import median, ratio
+
+    cells = [name, case.shape, f"{1e3 * median(times['megapre']):.2f}"]
+    cells += [ratio(times, arm, "megapre") for arm in ("eager", "compile")]
     goal = "-"
     if name in GOALS:
         reached = median([b / a for a, b in zip(times["megapre"], times["compile"])]) >= GOALS[name]
@@ -122,7 +97,7 @@ def row(name: str, case, times: dict[str, list[float]], errors: dict[str, float]
     return "| " + " | ".join(cells) + " |"
 
 
-def heading() -> list[str]:
+def heading(clock: str) -> list[str]:
     import torch
 
     from megapre.random import native
@@ -132,9 +107,10 @@ def heading() -> list[str]:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
+    seconds = {"cpu": "CPU seconds", "wall": "wall time"}[clock]
     return [
         f"{model}, {torch.get_num_threads()} thread(s), {torch.ops.megapre.cpu_variant()}, torch {torch.__version__}. "
-        "Ratios above 1 mean that ours is faster; quartiles in brackets.",
+        f"Ratios above 1 mean that ours is faster; quartiles in brackets; {seconds}.",
         "",
         "| op | shape | ms | x eager | x compile | goal | error ours / eager / compile |",
         "|---|---|---|---|---|---|---|",

@@ -1,6 +1,8 @@
 """The static table of the CUDA kernels: registers, spills, shared memory and instructions, beside their peers' figures.
 
-python benchmarks/kernels/static.py prints the table of docs/kernels.md (needs nvcc; cuobjdump from the toolkit or from
+    python benchmarks/kernels/static.py [--write]
+
+prints the table of docs/kernels.md, and with --write puts it there (needs nvcc; cuobjdump from the toolkit or from
 Triton's wheel). Nothing is executed on a GPU. Instructions an element are static: all instructions x threads / elements
 where a row is one straight line, else those of the hot loops / elements an iteration loads; the peers' figures
 (peer_static.csv) were counted so too, but with the padding at a function's end.
@@ -16,6 +18,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -290,4 +293,10 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(missing() or table())
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.kernels import docs
+
+    text = missing() or table()
+    print(text)
+    if "--write" in sys.argv[1:] and not missing():
+        docs.write("benchmarks/kernels/static.py", text)

@@ -69,8 +69,8 @@ def _gated_backward(grad, gate_up, out, width, GELU: tl.constexpr, BLOCK: tl.con
     up = tl.load(gate_up + width + column, mask=inside, other=0.0).to(tl.float32)
     above = tl.load(grad + skip + column, mask=inside, other=0.0).to(tl.float32)
     sigmoid = _gate(gate, GELU)
-    tl.store(out + column, (above * up * _slope(gate, sigmoid, GELU)).to(out.dtype.element_ty), mask=inside)
     tl.store(out + width + column, (above * gate * sigmoid).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + column, (above * up * _slope(gate, sigmoid, GELU)).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 The contract is that of ``megapre/kernels/linear_cross_entropy.py``. On a rank that holds the whole vocabulary a chunk's
 statistics and gradient are one launch. A chunk has ``GPU_ROWS`` rows: W is read twice and dW read and written once a
-chunk, 14 GB in all at 8192 rows of 4096 features and 128,256 entries, where chunks of 256 rows take 148.
+chunk (``benchmarks/kernels/traffic.py``).
 """
 
 from __future__ import annotations

@@ -51,10 +51,8 @@ def passed(process: subprocess.Popen) -> int:
     return int(re.search(r"(\d+) passed", output).group(1))
 
 
-# Registers and instructions an element, (sm_80, sm_90): the budgets of design/kernels.md where it has one, else what
-# is measured, so that a change for the worse is seen. RoPE misses its budget of 4 instructions, which a peer reaches
-# with cosines and products in bf16: ours are fp32 for positions past 1000, where 2 instructions a pair for widening and
-# narrowing and 4 for the rotation alone make 3.75. GeGLU backward has 38 registers on sm_90 where the budget says 37.
+# Registers and instructions an element, (sm_80, sm_90): the budgets of the project where it has one, else what is
+# measured, so that a change for the worse is seen. Those that are missed have their reason in triton_static.MISSED.
 BUDGET = {
     "RMSNorm forward": ((32, 32), (16, 16)),
     "RMSNorm + residual forward": ((32, 32), (16, 16)),
@@ -64,6 +62,9 @@ BUDGET = {
     "LayerNorm + residual forward": ((40, 40), (21.5, 21.5)),
     "LayerNorm backward": ((104, 104), (28, 28)),
     "LayerNorm + residual backward": ((104, 104), (30, 30)),
+    "LayerNorm + residual forward, wide": ((40, 40), (26, 26)),
+    "LayerNorm + residual backward, wide": ((40, 40), (31, 31)),
+    "LayerNorm weight gradient, wide": ((64, 64), (10, 10)),
     "cross-entropy, whole, 32000": ((62, 62), (19, 19)),
     "cross-entropy, whole, 50304": ((59, 59), (20, 20)),
     "cross-entropy, statistics": ((59, 59), (14, 14)),
@@ -73,17 +74,15 @@ BUDGET = {
     "RoPE q, k, d = 64": ((64, 64), (6.5, 6.5)),
     "RoPE q, k, d = 64, interleaved": ((64, 64), (6.8, 6.8)),
     "SwiGLU forward": ((32, 32), (16, 16)),
-    "SwiGLU backward": ((40, 40), (25, 25)),
+    "SwiGLU backward": ((32, 32), (25, 25)),
     "GeGLU forward": ((32, 32), (20, 20)),
-    "GeGLU backward": ((37, 38), (30, 30)),
+    "GeGLU backward": ((32, 32), (30, 30)),
     "bias + GELU forward": ((32, 32), (18, 18)),
     "bias + GELU backward": ((64, 64), (26, 26)),
     "bias + dropout + residual forward": ((48, 48), (33, 33)),
     "bias + dropout + residual backward": ((64, 64), (27, 27)),
     "AdamW fp32": ((40, 48), (27, 27)),
     "AdamW fp32 + bf16 copy": ((48, 48), (28, 28)),
-    # Instructions a score, products among them; the budgets of 6.8 (sm_80) and 7.8 (sm_90) without products are missed:
-    # the mask stands in the one loop, and is computed for tiles that are wholly visible too.
     "attention, d = 64, forward": ((255, 255), (20, 17)),
     "attention, d = 64, dq": ((208, 128), (19, 16)),
     "attention, d = 64, dk and dv": ((255, 248), (30, 24)),

@@ -7,7 +7,8 @@ from tests.kernels.triton.values import DTYPES, compare, draw
 
 EPS = 1e-5
 SHAPES = [(1, 1), (1, 17), (3, 5, 64), (7, 33), (0, 33), (2, 1000), (13, 63)]
-NIGHTLY = [(1, 4099), (40, 4096), (5, 8192), (300, 96)]
+# Above 8192 features a row is read by blocks of columns.
+NIGHTLY = [(1, 4099), (40, 4096), (5, 8192), (300, 96), (5, 8193), (3, 20000), (0, 9000)]
 GRID = SHAPES + [pytest.param(shape, marks=pytest.mark.nightly) for shape in NIGHTLY]
 
 
@@ -83,8 +84,20 @@ def test_weight_gradients_are_the_same_bits_twice(device):
     assert torch.equal(*seen)
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("kind", ["rms", "layer_bias"])
+def test_rows_wider_than_registers_go_by_blocks(kind, residual, device, monkeypatch):
+    monkeypatch.setattr(norm, "WIDEST", 16)
+    monkeypatch.setattr(norm, "COLUMNS", 32)
+    for shape in ((7, 33), (2, 5, 96), (0, 33)):
+        test_value_and_every_gradient(kind, residual, shape, torch.bfloat16, device)
+    x = draw((4, 250), torch.float32, device, 5) * 1e-2 + 100.0
+    y, y0 = norm.layer_norm_triton(x, x.new_ones(250), None, EPS), formulas.layer_norm_reference(
+        x.double(), x.new_ones(250).double(), None, EPS
+    )
+    assert (y.double() - y0).norm() < 5e-4 * y0.norm()
+
+
 def test_refusals(device):
-    with pytest.raises(ValueError, match="up to 8192 features, not 8193"):
-        norm.rms_norm_triton(torch.ones(1, 8193, device=device), torch.ones(8193, device=device), EPS)
     with pytest.raises(ValueError, match="triton norm takes fp32, bf16 and fp16, not float64"):
         norm.rms_norm_triton(torch.ones(1, 4, dtype=torch.float64, device=device), torch.ones(4, device=device), EPS)
