@@ -45,9 +45,13 @@ faults := faults resilience checkpoint monitor
 ifneq ($(filter-out $(LANES),$(LANE)),)
 $(error LANE=$(LANE) is none of: $(LANES))
 endif
+# What the data lane's tests of MPI and S3 run in (tests/extras.py).
+EXTRAS := mpi4py==4.1.2 mpich==5.0.2 "moto[s3]==5.2.5" flask==3.1.3 flask-cors==6.0.5 s3fs==2026.9.0
 nightly: setup $(if $(filter faults,$(LANE)),slurm)
 	test "$(LANE)" != data || test -d build/megatron || \
 		$(BIN)/python -m pip install -q --no-deps --target build/megatron megatron-core==0.16.1
+	test "$(LANE)" != data || test -x build/extras/bin/mpiexec || { $(PYTHON) -m venv build/extras && \
+		build/extras/bin/python -m pip install -q -c constraints.txt $(EXTRAS); }
 	MEGATRON_CORE_PATH=build/megatron $(BIN)/python -m pytest -rs --durations=15 \
 		$(if $(LANE),-m "not gpu" $(wildcard $(addprefix tests/,$($(LANE)))),-m nightly)
 	test "$(LANE)" != faults || $(BIN)/python -m tests.faults.series

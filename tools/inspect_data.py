@@ -24,6 +24,7 @@ from megapre.config.ramp import Steps
 from megapre.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from megapre.data.check import check_data
 from megapre.data.indexed import IndexedDataset
+from megapre.data.manifest import members
 from megapre.data.provenance import pieces, step_samples, visits
 from megapre.data.samples import Samples
 from megapre.data.statistics import histogram, summary, validate
@@ -39,7 +40,7 @@ SHOWN = 12
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("prefix", nargs="*", help="prefixes of pairs")
+    p.add_argument("prefix", nargs="*", help="prefixes of pairs, or manifests")
     p.add_argument("--validate", action="store_true", help="read everything")
     p.add_argument("--histogram", metavar="SVG", help="write a picture (of the first pair)")
     p.add_argument("--decode", type=int, nargs="+", metavar="N", help="print documents as text")
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             return run(args)
         if not args.prefix:
             raise ValueError("name a pair, or a run with --run.")
-        for prefix in args.prefix:
+        for prefix in (pair for path in args.prefix for pair in members(path)):
             prefix = prefix.removesuffix(".idx").removesuffix(".bin")
             if args.objective:
                 examples(args, job_of(args.objective, prefix, args.sequence))

@@ -8,11 +8,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megapre.data.indexed import CODES, IndexedDataset
+from megapre.data.manifest import members
 from megapre.data.merge import Part, merge
 
 
 def pairs(inputs: list[str]) -> list[str]:
-    """Prefixes of pairs: those given, and those of the folders given, by name."""
+    """Prefixes of pairs: those given, those of manifests, and those of the folders given, by name."""
     found: list[str] = []
     for name in inputs:
         if os.path.isdir(name):
@@ -21,7 +22,7 @@ def pairs(inputs: list[str]) -> list[str]:
                 raise ValueError(f"--input {name} is a folder without a pair.")
             found += inside
         else:
-            found.append(name.removesuffix(".idx").removesuffix(".bin"))
+            found += [pair.removesuffix(".idx").removesuffix(".bin") for pair in members(name)]
     if len(set(found)) != len(found):
         raise ValueError("--input names a pair twice.")
     return found
@@ -30,7 +31,7 @@ def pairs(inputs: list[str]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad arguments or pairs."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--input", nargs="+", required=True, help="prefixes of pairs, or folders of them")
+    parser.add_argument("--input", nargs="+", required=True, help="prefixes of pairs, manifests, or folders of pairs")
     parser.add_argument("--output-prefix", required=True, help="prefix of the pair to write")
     parser.add_argument("--workers", type=int, default=1, help="threads that copy")
     args = parser.parse_args(argv)

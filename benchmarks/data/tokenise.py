@@ -5,11 +5,12 @@
 The corpus is text that this machine holds (corpus.py); the tokenizer is a 50,000-id byte-level BPE trained on it. Arms
 run in turn, each in a process of its own whose descendants are counted, and medians are printed:
 
-  ours            tools/preprocess_data.py --workers 2, back end auto
-  limit (file)    the back end's own reader of the same file, ids in memory, nothing written
-  limit (memory)  the back end over texts that are in memory already: neither JSON nor files
-  datasets        Hugging Face datasets.map over the tokenizer, with peers' Python
-  megatron        Megatron-LM's classic path: json.loads, tokenizer.encode, megatron-core's IndexedDatasetBuilder
+  ours, N workers    tools/preprocess_data.py --workers N, back end auto, all of it counted
+  limit, N processes the back end's own reader, the input in N parts in N processes: ids in memory, nothing checked or
+                     written. A process has a cache of its own, so the limit of two is below that of one.
+  limit, in memory   one process of the back end over texts that are in memory already: neither JSON nor files
+  datasets           Hugging Face datasets.map over the tokenizer, with peers' Python
+  megatron           Megatron-LM's classic path: json.loads, tokenizer.encode, megatron-core's IndexedDatasetBuilder
 
 The peers see a part of the corpus (--peer-mb), since they need minutes for all of it. Their clock starts behind their
 imports and the loading of the tokenizer; ours counts all of it, in every process.
@@ -21,12 +22,14 @@ import argparse
 import ctypes
 import os
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,7 +164,8 @@ def main() -> None:
             [python, str(ROOT / "tools/train_tokenizer.py"), "--input", str(whole), "--sample-mb", "16", "--vocab-size",
              "50000", "--output", str(tokenizer)], check=True, env=env,
         )  # fmt: skip
-    ours = [python, tool, "--tokenizer-model", str(tokenizer), "--append-eod", "--workers", "2"]
+    ours = [python, tool, "--tokenizer-model", str(tokenizer), "--append-eod", "--workers"]
+    split = halves(whole)
     rates: dict[str, list[float]] = {}
     memory: dict[str, list[float]] = {}
 
@@ -171,36 +175,61 @@ def main() -> None:
         print(f"  {name}: {tokens / cpu / 1e6:.2f} M tokens/CPU-s, peak {peak:.0f} MB", flush=True)
 
     for _ in range(args.runs):
-        out, cpu, peak = watch([*ours, "--input", str(whole), "--output-prefix", str(folder / "ours")], env)
-        record("ours", int(out.split(" documents, ")[1].split()[0]), cpu, peak)
-        out, cpu, peak = watch([python, "-c", FILE_LIMIT, str(whole), str(tokenizer)], env)
-        record("limit (file)", int(out), cpu, peak)
+        for workers, parts in ((2, split), (1, [whole])):
+            command = [*ours, str(workers), "--input", str(whole), "--output-prefix", str(folder / "ours")]
+            out, cpu, peak = watch(command, env)
+            record(f"ours, {workers} workers", int(out.split(" documents, ")[1].split()[0]), cpu, peak)
+            jobs = [f"{shlex.join([python, '-c', FILE_LIMIT, str(part), str(tokenizer)])} &" for part in parts]
+            out, cpu, peak = watch(["sh", "-c", " ".join([*jobs, "wait"])], env)
+            record(f"limit, {workers} processes", sum(map(int, out.split())), cpu, peak)
         out, _, peak = watch([python, "-c", MEMORY_LIMIT, str(whole), str(tokenizer)], env)
-        record("limit (memory)", float(out.split()[0]), float(out.split()[1]), peak)
+        record("limit, in memory", float(out.split()[0]), float(out.split()[1]), peak)
         if args.peers:
-            for name, code in (("datasets", DATASETS), ("megatron", MEGATRON)):
-                target = str(folder / f"peer_{name}_{time.time_ns()}")
-                out, _, peak = watch([args.peers, "-c", code, str(part), str(tokenizer), target], env)
-                record(name, float(out.split()[-2]), float(out.split()[-1]), peak)
-                if name == "megatron":
-                    watch([*ours, "--input", str(part), "--output-prefix", str(folder / "same")], env)
-                    for suffix in (".bin", ".idx"):
-                        same = (
-                            Path(f"{folder}/same_text_document{suffix}").read_bytes()
-                            == Path(target + suffix).read_bytes()
-                        )
-                        print(f"  same {suffix} as megatron's builder: {same}")
+            peers(args.peers, [*ours, "2"], part, tokenizer, folder, env, record)
     if args.large_mb:
-        _, _, peak = watch(
-            [*ours, "--input", str(corpus(args.large_mb)), "--output-prefix", str(folder / "large")], env
-        )
-        print(
-            f"memory at {args.large_mb:g} MB of input: {peak:.0f} MB, at {args.mb:g} MB: {max(memory['ours']):.0f} MB"
-        )
-    mine = statistics.median(rates["ours"])
-    for name, found in rates.items():
-        other = statistics.median(found)
-        print(f"ours / {name}: {mine / other:.2f}   ({mine:.2f} against {other:.2f} M tokens/CPU-s)")
+        command = [*ours, "2", "--input", str(corpus(args.large_mb)), "--output-prefix", str(folder / "large")]
+        out, cpu, peak = watch(command, env)
+        record(f"ours, 2 workers, {args.large_mb:g} MB", int(out.split(" documents, ")[1].split()[0]), cpu, peak)
+    table(rates, memory)
+
+
+def halves(path: Path) -> list[Path]:
+    """A file of lines as two."""
+    parts = [path.with_suffix(f".part{i}.jsonl") for i in range(2)]
+    if not all(part.exists() for part in parts):
+        content = path.read_bytes()
+        middle = content.find(b"\n", len(content) // 2) + 1
+        parts[0].write_bytes(content[:middle])
+        parts[1].write_bytes(content[middle:])
+    return parts
+
+
+def peers(
+    python: str, ours: list[str], part: Path, tokenizer: Path, folder: Path, env: dict[str, str],
+    record: Callable[[str, float, float, float], None],
+) -> None:  # fmt: skip
+    for name, code in (("datasets", DATASETS), ("megatron", MEGATRON)):
+        target = str(folder / f"peer_{name}_{time.time_ns()}")
+        out, _, peak = watch([python, "-c", code, str(part), str(tokenizer), target], env)
+        record(name, float(out.split()[-2]), float(out.split()[-1]), peak)
+        if name == "megatron":
+            watch([*ours, "--input", str(part), "--output-prefix", str(folder / "same")], env)
+            for suffix in (".bin", ".idx"):
+                mine = Path(f"{folder}/same_text_document{suffix}").read_bytes()
+                print(f"  same {suffix} as megatron's builder: {mine == Path(target + suffix).read_bytes()}")
+
+
+def table(rates: dict[str, list[float]], memory: dict[str, list[float]]) -> None:
+    """Medians, and two workers of ours against each; the limits also against as many workers of ours."""
+    middle = {name: statistics.median(found) for name, found in rates.items()}
+    print("| arm | M tokens per CPU-second | peak MB | ours, 2 workers / it |\n|---|---|---|---|")
+    for name, found in middle.items():
+        ratio = middle["ours, 2 workers"] / found
+        print(f"| {name} | {found:.2f} | {max(memory[name]):.0f} | {ratio:.2f} |")
+    for workers in (2, 1):
+        pairs = zip(rates[f"ours, {workers} workers"], rates[f"limit, {workers} processes"])
+        share = statistics.median(mine / limit for mine, limit in pairs)
+        print(f"ours, {workers} workers, of the limit of {workers} processes: {share:.0%} (median of runs in turn)")
 
 
 if __name__ == "__main__":

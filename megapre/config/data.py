@@ -10,7 +10,7 @@ class DataConfig:
     """Where the tokens come from and in which order they are read."""
 
     paths: list[str] = field(default_factory=list)
-    """Prefixes of ``.bin``/``.idx`` pairs, e.g. ``data/corpus_text_document``."""
+    """Prefixes of ``.bin``/``.idx`` pairs, e.g. ``data/corpus_text_document``, or manifests of numbered ones."""
     weights: list[float] = field(default_factory=list)
     """Share of samples drawn from each path; empty means one share per training token. With ``stages``: the shares of
     the first stage, then those of the second, and so on; 0 leaves a path out of a stage."""

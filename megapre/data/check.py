@@ -10,7 +10,7 @@ from megapre.data.blend import round_weights
 from megapre.data.indexed import IndexedDataset
 from megapre.data.order import SampleOrder
 from megapre.data.pack import open_packs
-from megapre.data.samples import make_cache, no_sample, sample_weights, split_tokens
+from megapre.data.samples import make_cache, no_sample, open_sets, sample_weights, split_tokens
 from megapre.data.setting import make_setting
 from megapre.data.sidecar import TokenizerRecord, model_digest, model_files
 from megapre.objectives.table import OBJECTIVES
@@ -31,7 +31,7 @@ def check_data(config: Config) -> int:
     load_objective(data.objective)
     cache = make_cache(config)
     try:
-        return _check(config, [IndexedDataset(path, cache=cache) for path in data.paths])
+        return _check(config, open_sets(config, cache))
     finally:
         if cache is not None:
             cache.close()
@@ -47,7 +47,7 @@ def _check(config: Config, datasets: list[IndexedDataset]) -> int:
     weights = sample_weights(config, datasets)
     for stage in weights:
         used = [i for i, share in enumerate(stage) if share or len(weights) == 1]
-        round_weights([stage[i] for i in used], [config.data.paths[i] for i in used])
+        round_weights([stage[i] for i in used], [datasets[i].prefix for i in used])
     return vocab_size
 
 

@@ -14,6 +14,7 @@ from megapre.config.lengths import window
 from megapre.config.schema import Config
 from megapre.data.blend import StagedBlend
 from megapre.data.indexed import IndexedDataset
+from megapre.data.manifest import members
 from megapre.data.order import SampleOrder, derive_key, split_documents
 from megapre.data.pack import Packs, open_packs
 from megapre.data.remote import Cache, is_remote
@@ -64,7 +65,7 @@ class Samples:
         self.data = config.data
         self._build, self._pairs = load_objective(config.data.objective), OBJECTIVES[config.data.objective].pairs
         self.cache = make_cache(config)
-        datasets = [IndexedDataset(path, cache=self.cache) for path in config.data.paths]
+        datasets = open_sets(config, self.cache)
         weights = sample_weights(config, datasets)
         which = SPLITS.index(split)
         self.sources: list[Source] = []
@@ -223,6 +224,11 @@ def cut(sample: Sample, rows: int) -> list[Sample]:
     return made
 
 
+def open_sets(config: Config, cache: Cache | None) -> list[IndexedDataset]:
+    """The pairs of ``data.paths``, in order; a manifest stands for all that it lists."""
+    return [IndexedDataset(prefix, cache=cache) for path in config.data.paths for prefix in members(path)]
+
+
 def make_cache(config: Config) -> Cache | None:
     """The cache of remote paths, when there are any."""
     if not any(map(is_remote, config.data.paths)):
@@ -245,12 +251,24 @@ def no_sample(config: Config, split: str) -> ValueError:
 
 
 def sample_weights(config: Config, datasets: list[IndexedDataset]) -> list[list[float]]:
-    """Per stage, ``data.weights``, or the training tokens of each source when it is empty."""
-    weights, count, stages = config.data.weights, len(datasets), len(config.data.stages) + 1
+    """Per stage, ``data.weights``, or the training tokens of each source when it is empty.
+
+    The weight of a manifest is shared by its pairs according to their training tokens.
+    """
+    sizes = [len(members(path)) for path in config.data.paths]
+    weights, count, stages = config.data.weights, len(sizes), len(config.data.stages) + 1
     if (weights or stages > 1) and len(weights) != count * stages:
         each = f" in each of {stages} stages" if stages > 1 else ""
         raise ValueError(f"data.weights has {len(weights)} shares for the {count} prefixes of data.paths{each}.")
-    if weights:
+    if weights and sum(sizes) == count:
         return [list(weights[stage * count : (stage + 1) * count]) for stage in range(stages)]
-    tokens = [split_tokens(dataset, config.data.split)[0] for dataset in datasets]
-    return [[float(hi - lo) for lo, hi in tokens]]
+    tokens = [float(hi - lo) for lo, hi in (split_tokens(dataset, config.data.split)[0] for dataset in datasets)]
+    if not weights:
+        return [tokens]
+    rows: list[list[float]] = [[] for _ in range(stages)]
+    for path, size in enumerate(sizes):
+        first = len(rows[0])
+        held = tokens[first : first + size]
+        for stage, row in enumerate(rows):
+            row += [weights[stage * count + path] * part / (sum(held) or 1.0) for part in held]
+    return rows

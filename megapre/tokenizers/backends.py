@@ -6,6 +6,7 @@ the input. One that differs is passed over, loudly: another id here would be ano
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Sequence
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megapre.tokenizers.base import Tokenizer
+from megapre.tokenizers.base import Tokenizer, refusing
 from megapre.tokenizers.bytelevel import byte_level_vocab, split_pattern
 
 Encode = Callable[[Sequence[str]], "list[Sequence[int] | np.ndarray]"]
@@ -46,8 +47,7 @@ def gigatoken(path: str) -> Encode:
     content = _read(path)
     content["added_tokens"] = []  # a document that quotes "<|endoftext|>" must not end there
     content["post_processor"] = content["truncation"] = content["padding"] = None
-    encode = Gigatoken.from_json(orjson.dumps(content)).encode
-    return lambda texts: [encode(text) for text in texts]
+    return _each(Gigatoken.from_json(orjson.dumps(content)).encode)
 
 
 def tiktoken(path: str) -> Encode:
@@ -57,8 +57,7 @@ def tiktoken(path: str) -> Encode:
     content = _read(path)
     ranks, pattern = byte_level_vocab(content), split_pattern(content)
     encoding = library.Encoding("megapre", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    encode = encoding.encode_ordinary
-    return lambda texts: [encode(text) for text in texts]
+    return _each(encoding.encode_ordinary)
 
 
 FAST: MappingProxyType[str, Callable[[str], Encode]] = MappingProxyType({"gigatoken": gigatoken, "tiktoken": tiktoken})
@@ -70,14 +69,10 @@ def make(name: str, kind: str, path: str) -> Encode:
     """The encoder of a fast back end for a tokenizer of type ``kind``; ValueError when it cannot be had."""
     if kind != "HuggingFaceTokenizer" or not os.path.exists(_json_of(path)):
         raise ValueError(f"--backend {name} reads a tokenizer.json only, which {kind} {path!r} is not.")
-    try:
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(f"--backend {name} is not installed: pip install 'megapre[fast]'.")
+    with refusing(f"--backend {name} cannot read {path}"):
         return FAST[name](path)
-    except ImportError as error:
-        raise ValueError(f"--backend {name} is not installed ({error}): pip install 'megapre[fast]'.") from None
-    except BaseException as error:  # a panic of a Rust library is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-            raise
-        raise ValueError(f"--backend {name} cannot read {path} ({str(error)[:200]}).") from None
 
 
 def choose(
@@ -112,18 +107,27 @@ def choose(
 
 def differs(encode: Encode, tokenizer: Tokenizer, texts: Sequence[str]) -> str:
     """Where ids differ from the reference's; empty when nowhere."""
-    wanted = tokenizer.encode_batch(texts)
+    try:
+        wanted = tokenizer.encode_batch(texts)
+    except ValueError as error:
+        return f"the tokenizer itself has no ids to compare with: {error}"
     for text, right in zip(texts, wanted):
         try:
             found: Any = list(map(int, encode([text])[0]))
-        except BaseException as error:
-            if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-                raise
-            return f"{text[:40]!r} raises {type(error).__name__}"
+        except ValueError as error:
+            return f"{text[:40]!r}: {error}"
         if found != list(right):
             at = next((i for i, (a, b) in enumerate(zip(found, right)) if a != b), min(len(found), len(right)))
             return f"token {at} of {text[:40]!r} is {found[at : at + 1]} where {list(right[at : at + 1])} is right"
     return ""
+
+
+def _each(encode: Callable[[str], Any]) -> Encode:
+    def encode_all(texts: Sequence[str]) -> list[Any]:
+        with refusing("the back end fails on this text"):
+            return [encode(text) for text in texts]
+
+    return encode_all
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,3 +66,15 @@ def find_specials(path: str, lookup: Callable[[str], int | None]) -> Specials:
         raise ValueError(f"{path} has no end-of-document token: none of {', '.join(EOD_NAMES)} is in its vocabulary.")
     mask = next((found for name in MASK_NAMES if (found := lookup(name)) is not None), None)
     return Specials(eod, mask)
+
+
+@contextmanager
+def refusing(message: str) -> Iterator[None]:
+    """What a library raises as ``ValueError``, its cause in parentheses; panics of Rust, no Exceptions, included."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        cause = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{message} ({cause}).") from error

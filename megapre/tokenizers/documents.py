@@ -18,6 +18,8 @@ from megapre.tokenizers.inputs import DAMAGED, Span, format_of, is_array, open_p
 
 BLOCK = 1 << 17
 """Bytes read at a time: what is done to a block stays in a core's cache."""
+LONG = 8 << 20
+"""Bytes read at a time inside a long line, at most."""
 LARGEST_DOCUMENT = 64 << 20
 """Bytes of a line, JSON value or text file above which it is reported instead of read into memory."""
 BOM = b"\xef\xbb\xbf"
@@ -99,7 +101,7 @@ def line_blocks(file: BinaryIO, start: int, stop: int | None, limit: int) -> Ite
     """
     at, carry, skipping = _first_line(file, start, stop), b"", False
     while skipping or stop is None or at < stop:
-        block = file.read(max(BLOCK, len(carry)))  # a long line is copied a few times, not once for every block
+        block = file.read(min(max(BLOCK, len(carry)), LONG))  # a long line is not copied anew for every block
         data = carry + block
         if not block:
             if data or skipping:

@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megapre.data.sidecar import model_digest, model_files
+from megapre.tokenizers.base import refusing
 from megapre.tokenizers.huggingface import HuggingFaceTokenizer
 
 
@@ -18,10 +19,8 @@ class GPT2BPETokenizer(HuggingFaceTokenizer):
 
     def __init__(self, path: str) -> None:
         files = _existing(path, 2, "vocab.json:merges.txt (--vocab-file and --merge-file)")
-        try:
+        with refusing(f"data.tokenizer_model = {path!r} is no byte-level BPE"):
             self._inner = tokenizers.Tokenizer(models.BPE.from_file(*files))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"data.tokenizer_model = {path!r} is no byte-level BPE ({error}).") from error
         self._inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._inner.decoder = decoders.ByteLevel()
         if self._inner.token_to_id("<|endoftext|>") is not None:
@@ -37,10 +36,8 @@ class BertWordPieceLowerCase(HuggingFaceTokenizer):
 
     def __init__(self, path: str) -> None:
         (file,) = _existing(path, 1, "vocab.txt (--vocab-file)")
-        try:
+        with refusing(f"data.tokenizer_model = {path!r} is no WordPiece vocabulary"):
             model = models.WordPiece.from_file(file, unk_token="[UNK]")
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"data.tokenizer_model = {path!r} is no WordPiece vocabulary ({error}).") from error
         self._inner = tokenizers.Tokenizer(model)
         self._inner.normalizer = normalizers.BertNormalizer(lowercase=self.lower)
         self._inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

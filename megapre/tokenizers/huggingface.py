@@ -10,8 +10,10 @@ from typing import Any
 import tokenizers
 
 from megapre.data.sidecar import file_digest
-from megapre.tokenizers.base import find_specials
+from megapre.tokenizers.base import find_specials, refusing
 from megapre.tokenizers.bytelevel import bytes_of_letters
+
+REFUSED = "the tokenizer fails on this text"
 
 
 class HuggingFaceTokenizer:
@@ -23,10 +25,8 @@ class HuggingFaceTokenizer:
         path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
         if not os.path.isfile(path):
             raise ValueError(f"data.tokenizer_model = {path!r} does not exist; a tokenizer.json is needed.")
-        try:
+        with refusing(f"data.tokenizer_model = {path!r} is no tokenizer.json"):
             self._inner = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"data.tokenizer_model = {path!r} is no tokenizer.json ({error}).") from error
         self._prepare(path, file_digest(path))
 
     def _prepare(self, path: str, digest: str) -> None:
@@ -44,12 +44,14 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without template tokens."""
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        with refusing(REFUSED):
+            ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts, without offsets, which halves the time."""
-        return [found.ids for found in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with refusing(REFUSED):
+            return [found.ids for found in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def lookup(self, name: str) -> int | None:
         """Id of a token, or None."""

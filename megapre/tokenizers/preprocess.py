@@ -105,14 +105,12 @@ def preprocess(job: Job, log: Callable[[str], None] | None = None, team: Team | 
             lock = _lock(f"{job.prefix}.lock")
         report = _run(job, parts, log, team)
     except BaseException as error:
-        team.fail(str(error) or type(error).__name__)
         if lock is not None and isinstance(error, ValueError):  # nothing that the same command could go on with
             shutil.rmtree(parts, ignore_errors=True)
+        _unlock(job.prefix, lock)
+        team.fail(str(error) or type(error).__name__)  # under MPI this does not come back
         raise
-    finally:
-        if lock is not None:
-            os.remove(f"{job.prefix}.lock")
-            os.close(lock)
+    _unlock(job.prefix, lock)
     return report
 
 
@@ -146,6 +144,12 @@ def _lock(path: str) -> int:
         os.close(file)
         raise ValueError(f"another run is writing this --output-prefix (it holds {path}).") from None
     return file
+
+
+def _unlock(prefix: str, lock: int | None) -> None:
+    if lock is not None:
+        os.remove(f"{prefix}.lock")
+        os.close(lock)
 
 
 def _plan(job: Job, parts: Path, log: Callable[[str], None]) -> tuple[dict[str, Any], Encode]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import sentencepiece
 
 from megapre.data.sidecar import file_digest
-from megapre.tokenizers.base import find_specials
+from megapre.tokenizers.base import find_specials, refusing
 from megapre.tokenizers.huggingface import metaspace
 
 
@@ -20,20 +20,19 @@ class SentencePieceTokenizer:
     def __init__(self, path: str) -> None:
         if not os.path.isfile(path):
             raise ValueError(f"data.tokenizer_model = {path!r} does not exist; a SentencePiece .model is needed.")
-        try:
+        with refusing(f"data.tokenizer_model = {path!r} is no SentencePiece model"):
             self._inner = sentencepiece.SentencePieceProcessor(model_file=path)
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"data.tokenizer_model = {path!r} is no SentencePiece model ({error}).") from error
-        self.vocab_size = int(self._inner.vocab_size())
+            self.vocab_size = int(self._inner.vocab_size())
+            eos = int(self._inner.eos_id())
         specials = find_specials(path, self.lookup)
-        eos = int(self._inner.eos_id())
         self.eod = eos if eos >= 0 else specials.eod
         self.mask = specials.mask
         self.digest = file_digest(path)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin or end tokens."""
-        ids: list[int] = self._inner.encode(text, add_bos=False, add_eos=False)
+        with refusing("the tokenizer fails on this text"):
+            ids: list[int] = self._inner.encode(text, add_bos=False, add_eos=False)
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -62,4 +61,4 @@ class SentencePieceTokenizer:
     def lookup(self, name: str) -> int | None:
         """Id of a token, or None."""
         found = int(self._inner.piece_to_id(name))
-        return None if self._inner.is_unknown(found) else found
+        return None if not 0 <= found < self.vocab_size or self._inner.is_unknown(found) else found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import Any, TypeVar
 
 LAUNCHES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PRTE_LAUNCHED")),
-    ("PMI_RANK", "PMI_SIZE", ("PMI_JOBID", "HYDI_CONTROL_FD")),
+    ("PMI_RANK", "PMI_SIZE", ("PMI_JOBID",)),
     ("SLURM_PROCID", "SLURM_NTASKS", ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")),
 )
 """Variables of rank and size, and those that name the launch."""
+NAMED = "MEGAPRE_LAUNCH"
+"""Variable by which a user names the launch where the launcher does not, as MPICH's."""
 POLL = 0.05
 T = TypeVar("T")
 
@@ -116,7 +119,7 @@ class MpiTeam(Team):
     def fail(self, reason: str) -> None:
         """End all ranks: others may be waiting in a collective."""
         if self.size > 1:
-            print(f"rank {self.rank}: {reason}", flush=True)
+            print(f"rank {self.rank}: {reason}", file=sys.stderr, flush=True)
             self._world.Abort(2)
 
 
@@ -130,11 +133,18 @@ def find_team(folder: str, log: Callable[[str], None]) -> Team:
             if size == 1:
                 return Team()
             if rank_name != "SLURM_PROCID" and (world := _mpi()) is not None and world.Get_size() == size:
+                if rank == 0:
+                    log(f"{size} ranks meet by MPI")
                 return MpiTeam(world)
-            launch = "-".join(os.environ[name] for name in names if name in os.environ)
+            launch = "-".join(os.environ[name] for name in (*names, NAMED) if name in os.environ)
             if not launch:
-                raise ValueError(f"{rank_name} is set, but none of {', '.join(names)} names the launch.")
+                raise ValueError(
+                    f"{rank_name} = {rank} is of a launch that nothing names, so its ranks cannot meet by files: "
+                    f"install mpi4py, or set {NAMED} to a name that no other launch has."
+                )
             safe = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in launch)
+            if rank == 0:
+                log(f"{size} ranks meet by files in {folder}-{safe}")
             return FileTeam(Path(f"{folder}-{safe}"), rank, size)
     return Team()
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import itertools
 import json
@@ -26,12 +27,14 @@ from megapre.data.indexed import HEADER, MAGIC, IndexedDataset
 from megapre.data.order import permute_reference
 from megapre.data.sidecar import read_sidecar
 from megapre.tokenizers import documents
+from megapre.tokenizers.backends import choose
 from megapre.tokenizers.documents import batches, parse
 from megapre.tokenizers.inputs import Span, frames_complete
 from megapre.tokenizers.load import load
+from megapre.tokenizers.train import train
 
 CASES = int(os.environ.get("MEGAPRE_FUZZ", "2000"))
-TESTS = 8
+TESTS = 9
 
 
 def fuzz(share: float = 1.0):
@@ -207,6 +210,83 @@ def test_a_sidecar_is_understood_or_refused(tmp_path_factory, content):
         read_sidecar(path)
     except ValueError as error:
         assert str(path) in str(error)
+
+
+MADE = (
+    ("HuggingFaceTokenizer", "bpe", "tokenizers"), ("HuggingFaceTokenizer", "wordpiece", "tokenizers"),
+    ("HuggingFaceTokenizer", "unigram", "tokenizers"), ("SentencePieceTokenizer", "bpe", "sentencepiece"),
+    ("TikTokenizer", "", ""), ("GPT2BPETokenizer", "", ""), ("BertWordPieceCase", "", ""),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer_files(tmp_path_factory):
+    """Type and content of one small file of each kind."""
+    folder, made = tmp_path_factory.mktemp("files"), []
+    (folder / "text.txt").write_text("the cat sat on the mat, lower and lowest of all the rest\n" * 40)
+    for number, (kind, type, backend) in enumerate(MADE[:4]):
+        path = folder / str(number)
+        train([str(folder / "text.txt")], str(path), type=type, backend=backend, vocab_size=300)
+        made.append((kind, path.read_bytes()))
+    ranks = [bytes([byte]) for byte in range(256)] + [b"th", b"the"]
+    lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(ranks)]
+    model = json.loads(made[0][1])["model"]
+    vocab = json.dumps(model["vocab"]).encode()
+    return [*made, ("TikTokenizer", b"\n".join(lines)), ("GPT2BPETokenizer", vocab),
+            ("BertWordPieceCase", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\ncat\n##s\n")]  # fmt: skip
+
+
+EDIT = st.tuples(
+    st.sampled_from(["set", "drop", "add", "cut", "node"]), st.integers(0, 10**6), st.binary(max_size=6), JSON
+)
+
+
+def edited(content: bytes, edits: list[tuple[str, int, bytes, object]]) -> bytes:
+    """Bytes changed, removed, added or cut off, or a node of the JSON tree replaced."""
+    for how, at, junk, value in edits:
+        at %= len(content) + 1
+        if how == "node":
+            try:
+                content = json.dumps(_with_node(json.loads(content), at, value)).encode()
+                continue
+            except (ValueError, RecursionError):
+                how = "set"
+        rest = {"set": content[at + len(junk) :], "drop": content[at + 9 :], "add": content[at:], "cut": b""}[how]
+        content = content[:at] + (b"" if how == "drop" else junk) + rest
+    return content
+
+
+def _with_node(tree: object, at: int, value: object) -> object:
+    if not isinstance(tree, dict | list) or not tree or at % 7 == 6:
+        return value
+    keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+    key = keys[at % len(keys)]
+    tree[key] = _with_node(tree[key], at // 7, value)
+    return tree
+
+
+@fuzz()
+@given(st.integers(0, len(MADE) - 1), st.lists(EDIT, min_size=1, max_size=3), st.text(max_size=30))
+def test_a_tokenizer_file_is_refused_or_gives_ids_of_its_vocabulary(tmp_path_factory, tokenizer_files, which, edits,
+                                                                    text):  # fmt: skip
+    """And every back end that `auto` may take of it gives the same ids."""
+    kind, content = tokenizer_files[which]
+    path = tmp_path_factory.getbasetemp() / "fuzz_tokenizer"
+    path.write_bytes(edited(content, edits))
+    model = str(path)
+    if kind == "GPT2BPETokenizer":
+        merges = path.with_suffix(".merges")
+        merges.write_bytes(b"#version: 0.2\nt h\n")
+        model = f"{path}{os.pathsep}{merges}"
+    try:
+        tokenizer = load(kind, model)
+        ids = tokenizer.encode(text)
+        assert 0 <= tokenizer.eod < tokenizer.vocab_size and all(0 <= i < tokenizer.vocab_size for i in ids)
+        assert isinstance(tokenizer.decode(ids), str)
+        _, encode = choose("auto", tokenizer, model, [text], lambda line: None)
+        assert [int(i) for i in encode([text])[0]] == list(ids)
+    except ValueError as error:
+        assert "\n" not in str(error)
 
 
 @fuzz()

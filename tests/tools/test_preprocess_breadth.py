@@ -20,7 +20,7 @@ import pytest
 import zstandard
 
 from megapre.data.indexed import IndexedDataset
-from megapre.tokenizers import pieces, preprocess
+from megapre.tokenizers import pieces, preprocess, team
 from megapre.tokenizers.documents import batches, lines_before
 from megapre.tokenizers.inputs import Span, cut, expand_inputs, frames_complete, share_out
 from megapre.tokenizers.preprocess import Job
@@ -324,15 +324,15 @@ def test_processes_of_a_launch_share_the_input_and_write_the_same_bytes(tmp_path
     command = [sys.executable, "-c", code, *alone[1:]]
     done = subprocess.run([*command, "--output-prefix", str(tmp_path / "a")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    team = [
+    started = [
         subprocess.Popen(
             [*command, "--output-prefix", str(tmp_path / "b")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, env={**environment, "SLURM_PROCID": str(rank)},
         )
         for rank in range(ranks)
     ]  # fmt: skip
-    said = [process.communicate(timeout=120) for process in team]
-    assert [process.returncode for process in team] == [0] * ranks, said
+    said = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0] * ranks, said
     assert [bool(out) for out, _ in said] == [True] + [False] * (ranks - 1)
     assert said[0][0].split(":")[0] == done.stdout.split(":")[0]
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
@@ -341,17 +341,35 @@ def test_processes_of_a_launch_share_the_input_and_write_the_same_bytes(tmp_path
     ]  # fmt: skip
 
 
+def test_a_launch_without_a_name_or_half_of_one_is_refused(tmp_path, monkeypatch):
+    """Ranks of two launches must never meet in one folder; MPICH's launcher gives no name without MPI."""
+    for launch in team.LAUNCHES:
+        for name in (*launch[:2], *launch[2], team.NAMED):
+            monkeypatch.delenv(name, raising=False)
+    assert team.find_team(str(tmp_path / "t"), quiet).size == 1
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setattr(team, "_mpi", lambda: None)
+    with pytest.raises(ValueError, match=r"PMI_RANK = 1 .* install mpi4py, or set MEGAPRE_LAUNCH"):
+        team.find_team(str(tmp_path / "t"), quiet)
+    monkeypatch.setenv("MEGAPRE_LAUNCH", "a/b")
+    assert team.find_team(str(tmp_path / "t"), quiet).folder == tmp_path / "t-a_b"
+    monkeypatch.setenv("PMI_RANK", "2")
+    with pytest.raises(ValueError, match="PMI_RANK = 2 is not below PMI_SIZE = 2"):
+        team.find_team(str(tmp_path / "t"), quiet)
+
+
 def test_a_process_that_fails_stops_the_others(tmp_path):
     path = write(tmp_path, "x.jsonl", ["a"])
     command = [sys.executable, str(TOOL), "--input", path, "--output-prefix", str(tmp_path / "o")]
     command += ["--tokenizer-model", "/nowhere"]
     environment = {**os.environ, "SLURM_JOB_ID": "78", "SLURM_NTASKS": "2"}
-    team = [
+    started = [
         subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**environment, "SLURM_PROCID": str(rank)})
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=120)[1] for process in team]
-    assert [process.returncode for process in team] == [2, 1] and "'/nowhere' does not exist" in said[0]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 1] and "'/nowhere' does not exist" in said[0]
 
 
 def test_shares_of_pieces_are_even_and_whole(tmp_path):
