@@ -31,7 +31,8 @@ def test_its_pairs_are_sources_and_share_its_weight_by_tokens(tmp_path, manifest
     whole, listed = Samples(job([manifest, other]), vocab_size=VOCAB), Samples(job([*pairs, other]), vocab_size=VOCAB)
     assert [source.path for source in whole.sources] == [*pairs, other]
     for number in range(300):
-        assert whole.sample(number).inputs.tolist() == listed.sample(number).inputs.tolist()
+        pair = [samples.sample(number).example.inputs.tolist() for samples in (whole, listed)]
+        assert pair[0] == pair[1]
     config = job([manifest, other], weights=[3.0, 1.0, 1.0, 3.0], stages=[800])
     assert check_data(config) == VOCAB
     samples = Samples(config, vocab_size=VOCAB)
