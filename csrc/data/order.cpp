@@ -34,6 +34,11 @@ uint64_t permute(uint64_t index, uint64_t size, uint64_t key) {
   }
 }
 
+uint64_t derive(uint64_t a, uint64_t b) {  // derive_key(a, b)
+  const uint64_t first = mix(mix(a + kGolden) + 3 * kGolden);
+  return mix(first + mix(b + kGolden) + 3 * kGolden);
+}
+
 template <typename T>
 T load(const unsigned char* at, int64_t index) {  // the index begins at an odd byte
   T value;
@@ -48,6 +53,30 @@ extern "C" {
 #define EXPORT __attribute__((visibility("default")))
 
 EXPORT uint64_t megapre_permute(uint64_t index, uint64_t size, uint64_t key) { return permute(index, size, key); }
+
+// Window visited at place `index` of an epoch of `size` windows: permute within the group, make room for the short block,
+// permute the blocks.
+EXPORT uint64_t megapre_two_level(uint64_t index, uint64_t size, uint64_t key, uint64_t short_slot, uint64_t block,
+                                  uint64_t group) {
+  const uint64_t g = index / group, begin = g * group, left = size - begin, last = size % block;
+  uint64_t place = begin + permute(index - begin, left < group ? left : group, derive(key, g + 1));
+  if (last && place >= short_slot * block + last) place += block - last;
+  return permute(place / block, (size + block - 1) / block, key) * block + place % block;
+}
+
+// Position in its document and number of the document of each token of a row, int64 [length] each, where documents begin
+// at `starts`, int64 [count], ascending; the first token begins one in any case.
+EXPORT void megapre_mark_documents(const int64_t* starts, int64_t count, int64_t length, int64_t* positions,
+                                   int64_t* segments) {
+  for (int64_t at = 0, segment = 0, next = 0; at < length; ++segment) {
+    while (next < count && starts[next] <= at) ++next;
+    const int64_t begin = at, stop = next < count && starts[next] < length ? starts[next] : length;
+    for (; at < stop; ++at) {
+      positions[at] = at - begin;
+      segments[at] = segment;
+    }
+  }
+}
 
 // Boundaries of the documents that begin in tokens [start, stop): int64 out [room]; how many there are, or -1 when a
 // record that was touched is damaged, -2 when there are more than `room`. first: int64 [documents + 1], pointers:

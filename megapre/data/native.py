@@ -22,6 +22,10 @@ def library(path: Path = LIBRARY) -> ctypes.CDLL | None:
         found.megapre_chairman.restype = ctypes.c_int
         found.megapre_permute.argtypes = [ctypes.c_uint64] * 3
         found.megapre_permute.restype = ctypes.c_uint64
+        found.megapre_two_level.argtypes = [ctypes.c_uint64] * 6
+        found.megapre_two_level.restype = ctypes.c_uint64
+        found.megapre_mark_documents.argtypes = [pointer, size, size, pointer, pointer]
+        found.megapre_mark_documents.restype = None
         found.megapre_document_starts.argtypes = [pointer, pointer, *[size] * 6, pointer, size]
         found.megapre_document_starts.restype = size
     except (OSError, AttributeError):

@@ -85,15 +85,26 @@ def two_level(index: int, size: int, key: int, short_slot: int, block: int = BLO
     """Window visited at place ``index`` of an epoch of ``size`` windows.
 
     ``short_slot`` is ``short_block_slot(size, key)``: the last block may be short, and the places after its slot
-    move up by what it lacks.
+    move up by what it lacks. By csrc/data where it is built.
     """
+    found = native.library()
+    if found is not None and size < 1 << 52:
+        window: int = found.megapre_two_level(index, size, key, short_slot, block, group)
+        return window
+    return two_level_reference(index, size, key, short_slot, block, group)
+
+
+def two_level_reference(
+    index: int, size: int, key: int, short_slot: int, block: int = BLOCK, group: int = GROUP
+) -> int:
+    """`two_level` by its definition."""
     g, within = divmod(index, group)
-    place = g * group + permute(within, min(group, size - g * group), derive_key(key, g + 1))
+    place = g * group + permute_reference(within, min(group, size - g * group), derive_key(key, g + 1))
     last = size % block
     if last and place >= short_slot * block + last:
         place += block - last
     slot, offset = divmod(place, block)
-    return permute(slot, -(-size // block), key) * block + offset
+    return permute_reference(slot, -(-size // block), key) * block + offset
 
 
 def two_level_place(window: int, size: int, key: int, short_slot: int, block: int = BLOCK, group: int = GROUP) -> int:

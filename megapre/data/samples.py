@@ -15,6 +15,7 @@ from megapre.config.schema import Config
 from megapre.data.blend import StagedBlend
 from megapre.data.indexed import IndexedDataset
 from megapre.data.manifest import members
+from megapre.data.marks import mark
 from megapre.data.order import SampleOrder, derive_key, split_documents
 from megapre.data.pack import Packs, open_packs
 from megapre.data.remote import Cache, is_remote
@@ -125,17 +126,14 @@ class Samples:
 
     def _placed(self, example: Example, window: Window) -> Example:
         """The example with positions, and segments where attention is kept apart."""
-        positions, segments = np.arange(self.length, dtype=np.int64), example.segments
-        if self.data.reset_positions or self.data.reset_attention:
-            bounds = example.documents
-            if bounds is None:
-                bounds = np.append(window.documents[window.documents < self.length], self.length)
-            lengths = np.diff(bounds)
-            if self.data.reset_positions:
-                positions -= np.repeat(bounds[:-1], lengths)
-            if self.data.reset_attention:
-                segments = np.repeat(np.arange(len(lengths)), lengths)
-        return replace(example, positions=positions, segments=segments)
+        if not (self.data.reset_positions or self.data.reset_attention):
+            return replace(example, positions=np.arange(self.length, dtype=np.int64))
+        positions, segments = mark(example.documents if example.documents is not None else window.documents, self.length)
+        if not self.data.reset_positions:
+            positions = np.arange(self.length, dtype=np.int64)
+        return replace(
+            example, positions=positions, segments=segments if self.data.reset_attention else example.segments
+        )
 
     def _tokens(self, source: Source, spans: Spans) -> np.ndarray:
         parts = [source.dataset.read(start, stop) for start, stop in spans]
@@ -196,8 +194,10 @@ def _bounds(spans: Spans, starts: Callable[[int, int], np.ndarray]) -> np.ndarra
         places.append(starts(start, stop) + (offset - start))
         offset += stop - start
     found = places[0] if len(places) == 1 else np.concatenate(places)
-    bounds = np.concatenate(([0], found[found > 0], [offset]))
-    return bounds[np.append(True, np.diff(bounds) > 0)]  # what is empty begins where the next one does
+    bounds = np.empty(len(found) + 2, np.int64)
+    bounds[0], bounds[1:-1], bounds[-1] = 0, found, offset
+    fresh = bounds[1:] > bounds[:-1]
+    return bounds if fresh.all() else bounds[np.append(True, fresh)]  # what is empty begins where the next one does
 
 
 def cut(sample: Sample, rows: int) -> list[Sample]:

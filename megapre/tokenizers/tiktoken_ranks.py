@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from megapre.data.sidecar import file_digest
+from megapre.tokenizers.base import refusing
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 """First special tokens of Megatron's TikTokenizer."""
@@ -38,11 +38,12 @@ class TikTokenizer:
             import tiktoken
         except ImportError:
             raise ValueError("TikTokenizer needs tiktoken: pip install 'megapre[fast]'.") from None
-        try:
+        with refusing(f"data.tokenizer_model = {path!r} is no rank file"):
             ranks, pattern, first = _read(path)
+            lacking = [byte for byte in range(256) if bytes([byte]) not in ranks]
+            if lacking:
+                raise ValueError(f"it has no token for byte {lacking[0]}")
             self._inner = tiktoken.Encoding("megapre", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        except (ValueError, KeyError, TypeError, binascii.Error) as error:
-            raise ValueError(f"data.tokenizer_model = {path!r} is no rank file ({error}).") from error
         self._first = first
         if first:
             names = [*SPECIALS, *(f"<SPECIAL_{i}>" for i in range(len(SPECIALS), first))]
@@ -58,7 +59,8 @@ class TikTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; special tokens that it quotes are ordinary text."""
-        return [token + self._first for token in self._inner.encode_ordinary(text)]
+        with refusing("the tokenizer fails on this text"):
+            return [token + self._first for token in self._inner.encode_ordinary(text)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""

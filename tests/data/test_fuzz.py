@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import orjson
 import pytest
 import zstandard
@@ -24,7 +25,8 @@ from hypothesis import HealthCheck, given, settings
 
 from megapre.data import native
 from megapre.data.indexed import HEADER, MAGIC, IndexedDataset
-from megapre.data.order import permute_reference
+from megapre.data.marks import mark, mark_reference
+from megapre.data.order import permute_reference, short_block_slot, two_level_reference
 from megapre.data.sidecar import read_sidecar
 from megapre.tokenizers import documents
 from megapre.tokenizers.backends import choose
@@ -301,6 +303,13 @@ def test_bytes_come_back_and_the_permutation_is_one(text):
     if found is not None:
         index = size // 2
         assert found.megapre_permute(index, size, key) == permute_reference(index, size, key)
+        slot = short_block_slot(size, key, 16)
+        for group in (16, 64, 2**16):
+            wanted = two_level_reference(index, size, key, slot, 16, group)
+            assert found.megapre_two_level(index, size, key, slot, 16, group) == wanted
+        starts = np.sort(np.asarray([ord(letter) % 50 for letter in text], np.int64))
+        for mine, right in zip(mark(starts, 40), mark_reference(starts, 40), strict=True):
+            assert mine.tolist() == right.tolist()
 
 
 @pytest.mark.nightly
@@ -346,6 +355,8 @@ ASAN = r"""
 extern "C" {
 int megapre_chairman(const int64_t*, int64_t, int64_t, int32_t*, int32_t*);
 uint64_t megapre_permute(uint64_t, uint64_t, uint64_t);
+uint64_t megapre_two_level(uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t);
+void megapre_mark_documents(const int64_t*, int64_t, int64_t, int64_t*, int64_t*);
 int64_t megapre_document_starts(const unsigned char*, const unsigned char*, int64_t, int64_t, int64_t, int64_t, int64_t,
                                 int64_t, int64_t*, int64_t);
 }
@@ -361,6 +372,15 @@ int main() {
     if (megapre_chairman(counts.data(), k, period, source.data(), rank.data())) return 1;
     const uint64_t size = 1 + rng() % (uint64_t(1) << (rng() % 50)), key = rng();
     if (megapre_permute(rng() % size, size, key) >= size) return 2;
+    const uint64_t block = 1 + rng() % 17, blocks = (size + block - 1) / block;
+    if (megapre_two_level(rng() % size, size, key, rng() % blocks, block, block * (1 + rng() % 9)) >= blocks * block)
+      return 4;
+    const int64_t length = rng() % 30;
+    std::vector<int64_t> starts(rng() % 6), positions(length), segments(length);
+    for (auto& at : starts) at = rng() % 4 ? int64_t(rng() % 40) - 3 : wild[rng() % 10];
+    megapre_mark_documents(starts.data(), starts.size(), length, positions.data(), segments.data());
+    for (int64_t i = 0; i < length; ++i)
+      if (positions[i] < 0 || positions[i] > i || segments[i] < 0 || segments[i] > i) return 5;
     const int64_t documents = rng() % 9, sequences = rng() % 9, item = 1 << (rng() % 4), total = rng() % 40;
     // Exactly as large as they say, at an odd address, so that one byte too far is seen.
     unsigned char* first = (unsigned char*)malloc(8 * (documents + 1) + 1);

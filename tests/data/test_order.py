@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+from megapre.data.blend import Blend
 from megapre.data.order import (
     SampleOrder,
     derive_key,
@@ -13,6 +14,7 @@ from megapre.data.order import (
     short_block_slot,
     split_documents,
     two_level,
+    two_level_place,
     unpermute,
 )
 
@@ -116,6 +118,38 @@ def test_a_trillion_tokens_cost_nothing():
     assert len(seen) == 401
     assert max(window for _, window in seen) > 2**28
     assert time.perf_counter() - started < 0.5
+
+
+def test_two_months_of_steps_serve_every_window_once_an_epoch():
+    """1e6 steps of 512 samples over 1e12 tokens: by algebra, by sampling, and all of the smallest source.
+
+    Algebra: sample -> (source, rank) has an inverse and ranks count up without a gap, so no rank is left out or served
+    twice; rank -> window has an inverse within its epoch, so no window is.
+    """
+    seed = random.randrange(2**32)
+    rng, total, length = random.Random(seed), 10**6 * 512, 2048
+    blend = Blend([0.9, 0.0998, 0.0002])
+    orders = [SampleOrder(seed, i, 0, size, length) for i, size in enumerate((10**12, 3 * 10**9 + 7, 40_000 * length))]
+    counts = [blend.count(source, total) for source in range(3)]
+    assert sum(counts) == total, f"seed {seed}"
+    for sample in rng.sample(range(total), 300):
+        source, rank = blend.locate(sample)
+        order = orders[source]
+        epoch, place = divmod(rank, order.windows)
+        state = order._at(epoch)
+        window = order.window(rank)
+        assert blend.number(source, rank) == sample and blend.count(source, sample) == rank, f"seed {seed}"
+        assert 0 <= window < order.windows, f"seed {seed}"
+        assert two_level_place(window, order.windows, state.key, state.short_slot) == place, f"seed {seed}"
+    drawn = [blend.locate(sample) for sample in rng.sample(range(total), 20_000)]
+    served = {(s, orders[s].epoch(rank), orders[s].window(rank)) for s, rank in drawn}
+    assert len(served) == len(drawn), f"seed {seed}"
+    smallest = orders[2]
+    for epoch in range(counts[2] // smallest.windows + 1):
+        ranks = range(epoch * smallest.windows, min((epoch + 1) * smallest.windows, counts[2]))
+        windows = {smallest.window(rank) for rank in ranks}
+        assert len(windows) == len(ranks), f"seed {seed}"
+        assert len(ranks) < smallest.windows or windows == set(range(smallest.windows)), f"seed {seed}"
 
 
 def test_too_few_tokens_are_refused_with_numbers():

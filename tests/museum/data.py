@@ -131,8 +131,8 @@ DATA = (
     Mutant(
         "positions-run-on-over-documents",
         "megapre/data/samples.py",
-        "positions -= np.repeat(bounds[:-1], lengths)",
-        "positions -= np.repeat(bounds[:-1], lengths) // 2",
+        "else window.documents, self.length)",
+        "else window.documents // 2, self.length)",
         "tests/data/test_loader.py::test_positions_and_segments_follow_the_documents",
         "torchtitan PR #2849: positions wrong where a document is cut",
     ),

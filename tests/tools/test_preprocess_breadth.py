@@ -310,6 +310,78 @@ def test_a_full_disk_keeps_finished_pieces(tmp_path, monkeypatch, where):
     assert report.resumed >= 3 and files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
+FULL = """
+set -e
+mount -t tmpfs -o size=3m tmpfs "$1"
+shift
+folder=$1 out=$2
+shift 2
+"$@" --output-prefix "$folder/o" && exit 9 || test $? = 2
+ls "$folder"/o_text_document* 2>/dev/null && exit 8
+ls "$folder"/o.parts/0*.json > /dev/null || exit 7
+mount -o remount,size=64m "$folder"
+"$@" --output-prefix "$folder/o"
+cp "$folder"/o_text_document.* "$out"
+"""
+
+
+@pytest.mark.nightly
+def test_a_disk_that_is_really_full_and_then_is_not(tmp_path):
+    """A file system of 3 MB in a mount namespace of its own, later one of 64 MB; other input is 10 MB."""
+    probe = ["unshare", "--mount", "--map-root-user", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
+    if subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("this user may not mount in a namespace of its own")
+    rng = random.Random(1)
+    texts = ["".join(rng.choices("abc \n", k=2000)) for _ in range(5000)]
+    path = write(tmp_path, "x.jsonl", texts)
+    for name in ("small", "a", "out"):
+        (tmp_path / name).mkdir()
+    code = (
+        "import sys; import megapre.tokenizers.inputs as inputs; inputs.SMALLEST_PIECE = 500_000\n"
+        f"sys.path.insert(0, {str(TOOL.parents[1])!r})\nimport tools.preprocess_data as tool\nsys.exit(tool.main())"
+    )
+    command = [sys.executable, "-c", code, "--tokenizer-type", "ByteTokenizer", "--input", path, "--workers", "2"]
+    alone = subprocess.run([*command, "--output-prefix", str(tmp_path / "a" / "o")], capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    places = [str(tmp_path / name) for name in ("small", "small", "out")]
+    done = subprocess.run(["unshare", "--mount", "--map-root-user", "sh", "-c", FULL, "sh", *places, *command],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "No space left on device" in done.stderr and "were finished by an earlier run" in done.stderr
+    assert files_of(tmp_path / "a" / "o") == files_of(tmp_path / "out" / "o")
+
+
+@pytest.mark.nightly
+def test_a_line_of_a_gigabyte_is_reported_in_bounded_memory(tmp_path):
+    """As plain lines (sparse), an array and packed: found at its line, with far less memory than it has bytes."""
+    path, size = tmp_path / "x.jsonl", 1 << 30
+    with open(path, "wb") as file:
+        file.write(b'{"text": "a"}\n{"text": "')
+        file.seek(size, os.SEEK_CUR)
+        file.write(b'"}\n{"text": "b"}\n')
+    with gzip.open(tmp_path / "y.jsonl.gz", "wb", compresslevel=1) as packed, open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            packed.write(block)
+    with open(tmp_path / "z.json", "wb") as file:
+        file.write(b'[{"text": "a"}, {"text": "')
+        for _ in range(size >> 20):
+            file.write(b"y" * (1 << 20))
+        file.write(b'"}]')
+    code = (
+        "import resource, sys; from megapre.tokenizers.preprocess import Job, preprocess\n"
+        "r = preprocess(Job([sys.argv[1]], sys.argv[2], ['text'], 'ByteTokenizer', workers=2, piece_bytes=1 << 28))\n"
+        "kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)\n"
+        "print(r.documents, r.bad_count, max(resource.getrusage(kind).ru_maxrss for kind in kinds) // 1024)"
+    )
+    for name, documents, said in (("x.jsonl", 2, "x.jsonl:2: longer"), ("y.jsonl.gz", 2, "y.jsonl.gz:2: longer"),
+                                  ("z.json", 1, "a value longer than")):  # fmt: skip
+        command = [sys.executable, "-c", code, str(tmp_path / name), str(tmp_path / "o")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0 and said in done.stderr, done.stderr
+        found, bad, resident = map(int, done.stdout.split())
+        assert (found, bad) == (documents, 1) and resident < 600, f"{name}: {resident} MB"
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_processes_of_a_launch_share_the_input_and_write_the_same_bytes(tmp_path, ranks):
     """As srun does: the same command with Slurm's variables, meeting through files."""
