@@ -128,7 +128,8 @@ class Samples:
         """The example with positions, and segments where attention is kept apart."""
         if not (self.data.reset_positions or self.data.reset_attention):
             return replace(example, positions=np.arange(self.length, dtype=np.int64))
-        positions, segments = mark(example.documents if example.documents is not None else window.documents, self.length)
+        documents = example.documents if example.documents is not None else window.documents
+        positions, segments = mark(documents, self.length)
         if not self.data.reset_positions:
             positions = np.arange(self.length, dtype=np.int64)
         return replace(

@@ -32,7 +32,7 @@ DATA = (
     Mutant(
         "blend-serves-the-largest-first",
         "megapre/data/native.py",
-        "    assert code == 0, f\"{counts} cannot be seated\"\n",
+        '    assert code == 0, f"{counts} cannot be seated"\n',
         "    sources.sort()\n",
         "tests/data/test_blend.py::test_every_prefix_is_within_one_sample[0]",
         "B57, Megatron-LM !2593: prefixes far from their shares",
@@ -131,8 +131,8 @@ DATA = (
     Mutant(
         "positions-run-on-over-documents",
         "megapre/data/samples.py",
-        "else window.documents, self.length)",
-        "else window.documents // 2, self.length)",
+        "mark(documents, self.length)",
+        "mark(documents // 2, self.length)",
         "tests/data/test_loader.py::test_positions_and_segments_follow_the_documents",
         "torchtitan PR #2849: positions wrong where a document is cut",
     ),
