@@ -1,7 +1,9 @@
 """Speed of a CPU's matrix products, attention, byte-bound operations and AdamW: the compute part of a planner profile.
 
-``python benchmarks/gemm.py [--profile FILE.toml]`` prints TFLOP/s and GB/s of one thread in CPU seconds, medians of
-interleaved rounds, and with ``--profile`` writes (or updates) the profile that ``megapre plan --gpu FILE.toml`` reads.
+``python benchmarks/gemm.py [--profile FILE.toml] [--ranks 2]`` prints TFLOP/s and GB/s of one thread in CPU seconds,
+medians of interleaved rounds, and with ``--profile`` writes the profile that ``megapre plan --gpu FILE.toml`` reads.
+``--ranks``: so many processes do the same at once, as the ranks of a job do: they share the memory's bandwidth and the
+processor's power.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import torch.nn.functional as F
 from megapre.config.schema import KernelsConfig
 from megapre.kernels.mask import CAUSAL
 from megapre.kernels.registry import Kernels, choose
+from megapre.resilience.ranks import Ranks
+from megapre.verify.pool import RankPool
 
 TOKENS = 4096
 SIZES = ((384, 1152), (384, 1536), (1536, 384), (512, 1024), (512, 2816), (1408, 512))
@@ -88,11 +92,15 @@ def adamw(count: int = 4_000_000) -> Callable[[], Any]:
     )
 
 
-def measure() -> dict[str, Any]:
-    """Every figure of the profile that needs one process."""
+Times = dict[Any, list[float]]
+
+
+def time_kernels(ranks: Ranks, dtypes: Sequence[str] = tuple(DTYPES), rounds: int = ROUNDS) -> Times:
+    """CPU seconds of every kernel on this rank, ``rounds`` of each, in turn."""
     torch.set_num_threads(1)
     cases: dict[Any, Callable[[], Any]] = {"adamw": adamw()}
-    for name, dtype in DTYPES.items():
+    for name in dtypes:
+        dtype = DTYPES[name]
         kernels = choose(KernelsConfig(), torch.device("cpu"), dtype)
         cases["gemm", name] = gemms(dtype)
         cases["bytes", name] = byte_bound(kernels, dtype)
@@ -100,40 +108,68 @@ def measure() -> dict[str, Any]:
             cases["attention", name, length] = attention(kernels, dtype, length)
     for run in cases.values():
         run()
-    times: dict[Any, list[float]] = {key: [] for key in cases}
-    for _ in range(ROUNDS):
+    times: Times = {key: [] for key in cases}
+    for _ in range(rounds):
         for key, run in cases.items():
             times[key].append(seconds(run))
+    return times
+
+
+def figures(times: Times) -> dict[str, Any]:
+    """The rates of a profile from CPU seconds, of one rank or of several put together."""
     best = {key: statistics.median(found) for key, found in times.items()}
+    names = [key[1] for key in best if key[0] == "gemm"]
     flops = sum(6.0 * TOKENS * inputs * outputs for inputs, outputs in SIZES)
     rates = {length: 3.5 * 4 * 0.5 * TOKENS * length * 512 for length in LENGTHS}
     return {
-        "gemm": {name: flops / best["gemm", name] / 1e12 for name in DTYPES},
+        "gemm": {name: flops / best["gemm", name] / 1e12 for name in names},
         "attention": {
             name: {length: work / best["attention", name, length] / 1e12 for length, work in rates.items()}
-            for name in DTYPES
+            for name in names
         },
-        "bytes": {name: BYTES * (2 if name == "fp32" else 1) / best["bytes", name] / 1e9 for name in DTYPES},
+        "bytes": {name: BYTES * (2 if name == "fp32" else 1) / best["bytes", name] / 1e9 for name in names},
         "adamw": 36.0 * 4e6 / best["adamw"] / 1e9,
     }
+
+
+def together(found: Sequence[Times]) -> Times:
+    """The times of several ranks or passes."""
+    return {key: [time for times in found for time in times[key]] for key in found[0]}
+
+
+def measure(pool: RankPool, ranks: int = 1) -> dict[str, Any]:
+    """Every figure of the profile that the kernels give, with ``ranks`` processes at work."""
+    return figures(together(pool.run(ranks, time_kernels, timeout=600)))
+
+
+def processor() -> str:
+    """The CPU's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    amx = ", AMX" if any("amx_bf16" in line for line in lines) else ""
+    return (named[0] if named else platform.machine()) + amx
 
 
 def profile(found: dict[str, Any], dtype: str, link: tuple[float, float]) -> str:
     """A device profile for one number format. ``link``: GB/s of a ring between local ranks, latency in seconds."""
     bandwidth = found["adamw"] / 0.75
     best = found["gemm"]
+    rates = ", ".join(f"{name} = {rate:.4f}" for name, rate in (best | {"fp16": best.get("bf16", 0.0)}).items() if rate)
     short, long = (found["attention"][dtype][length] for length in LENGTHS)
     # share x L / (L + half) through both lengths
     half = max(0.0, LENGTHS[0] * LENGTHS[1] * (long - short) / (short * LENGTHS[1] - long * LENGTHS[0]))
     share = long * (LENGTHS[1] + half) / LENGTHS[1] / best[dtype]
-    source = "benchmarks/gemm.py on this machine, one thread"
-    return f"""name = "{platform.processor() or platform.machine()}, one thread a rank"
+    source = f"benchmarks/gemm.py on {processor()}, one thread"
+    return f"""name = "{processor()}, one thread a rank"
 kind = "cpu"
 generation = "cpu"
 
 [compute]
-peak = {{ bf16 = {best["bf16"]:.4f}, fp16 = {best["bf16"]:.4f}, fp32 = {best["fp32"]:.4f} }}
-best = {{ bf16 = {best["bf16"]:.4f}, fp16 = {best["bf16"]:.4f}, fp32 = {best["fp32"]:.4f} }}
+peak = {{ {rates} }}
+best = {{ {rates} }}
 multiprocessors = 1
 
 [memory]
@@ -162,6 +198,7 @@ launch_ampere = 0.0
 link = 1.0
 nic = 1.0
 latency = {link[1]:.3g}
+chunk = 0.0
 tensor_overlap = 0.0
 data_overlap = 0.0
 shard_overlap = 0.0
@@ -176,8 +213,9 @@ multiprocessors = "not used on a CPU"
 gib = "assumed"
 bandwidth = "{source}: AdamW"
 flash2 = "{source}: causal attention of {LENGTHS[0]} and {LENGTHS[1]} tokens, {dtype}"
-nvlink = "benchmarks/collectives.py on this machine: gloo"
-nic = "benchmarks/collectives.py on this machine: gloo"
+nvlink = "benchmarks/collectives.py on the same machine: gloo"
+nic = "benchmarks/collectives.py on the same machine: gloo"
+measured = "{source}; what a CPU has no part of is 0 or 1"
 price = "assumed: a cloud's core"
 watts = "assumed: a server CPU's share of a core"
 """
@@ -187,8 +225,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--ranks", type=int, default=1)
     args = parser.parse_args()
-    found = measure()
+    with RankPool(args.ranks) as pool:
+        found = measure(pool, args.ranks)
     for name in DTYPES:
         lengths = ", ".join(f"{1000 * rate:.0f} at {length}" for length, rate in found["attention"][name].items())
         print(f"{name}: products {1000 * found['gemm'][name]:.0f} GFLOP/s, attention {lengths} tokens, byte-bound "

@@ -1,8 +1,9 @@
 """Predicted against measured steps of megapre's own engine on this CPU, for two small models in many layouts.
 
-``python benchmarks/planner/cpu.py [--rounds 3]`` measures a profile (``benchmarks/gemm.py``, ``collectives.py``), runs
-every layout in turn for some rounds, and prints predicted and measured CPU seconds of a rank's step: what the rank
-itself does, so that other work on a shared machine does not count. Waiting in a pipeline's bubble is left out of both.
+``python benchmarks/planner/cpu.py [--rounds 3] [--only J1]`` runs every layout and, just before and after it, the
+kernels of a profile (``benchmarks/gemm.py``, ``collectives.py``) on as many ranks at once, and prints predicted and
+measured CPU seconds of a rank's step: what the rank itself does, so that other work on a shared machine does not count.
+Waiting in a pipeline's bubble is left out of both.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ from megapre.verify.pool import RankPool
 from megapre.verify.trace import _microbatches
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import collectives
+import gemm
+
+KERNEL_ROUNDS = 2
+"""Times that the kernels run before and after a layout's steps."""
 GPT = {"layers": 6, "hidden": 384, "heads": 6, "sequence": 256, "vocab_size": 50304}
 LLAMA = {
     "layers": 8, "hidden": 512, "heads": 8, "kv_heads": 4, "ffn_hidden": 1408, "sequence": 1024, "vocab_size": 32000,
@@ -77,29 +83,39 @@ def measure(ranks: Ranks, config: Config, rounds: int) -> float:
     return statistics.median(times[1:])
 
 
-def main() -> None:
-    import gemm
-    from collectives import measure as measure_link
+def compare(
+    pool: RankPool, folder: Path, link: tuple[float, float], layout: tuple[str, str, dict[str, object], dict[str, int]],
+    rounds: int,
+) -> tuple[float, float]:  # fmt: skip
+    """(measured, predicted) CPU seconds; the kernels are timed just before and after, by as many ranks at once."""
+    job, dtype, parallel, train = layout
+    config = config_of(job, dtype, parallel, train)
+    grid = config.parallel
+    world = grid.tensor * grid.pipeline * grid.data
+    before = pool.run(world, gemm.time_kernels, (dtype,), KERNEL_ROUNDS, timeout=900)
+    measured = max(pool.run(world, measure, config, rounds, timeout=900))
+    after = pool.run(world, gemm.time_kernels, (dtype,), KERNEL_ROUNDS, timeout=900)
+    path = folder / f"{dtype}.toml"
+    path.write_text(gemm.profile(gemm.figures(gemm.together([*before, *after])), dtype, link))
+    time_ = predict(from_config(config, hardware.load(str(path)), config.model.vocab_size), fitted.load())
+    return measured, time_.step - time_.bubble
 
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="layouts of this job alone")
     args = parser.parse_args()
-    found, link = gemm.measure(), measure_link()
-    errors = []
-    print(f"products {1000 * found['gemm']['bf16']:.0f} (bf16) and {1000 * found['gemm']['fp32']:.0f} (fp32) GFLOP/s, "
-          f"gloo {link[0]:.2f} GB/s\n")  # fmt: skip
+    link = collectives.measure()
+    print(f"gloo {link[0]:.2f} GB/s, {1e6 * link[1]:.0f} us\n")
     print("job   format layout                                    measured, CPU-s  predicted  error")
+    errors = []
     with tempfile.TemporaryDirectory() as folder, RankPool(2) as pool:
-        for job, dtype, parallel, train in LAYOUTS:
-            config = config_of(job, dtype, parallel, train)
-            path = Path(folder) / f"{dtype}.toml"
-            path.write_text(gemm.profile(found, dtype, link))
-            device = hardware.load(str(path))
-            grid = config.parallel
-            world = grid.tensor * grid.pipeline * grid.data
-            measured = max(pool.run(world, measure, config, args.rounds, timeout=900))
-            time_ = predict(from_config(config, device, config.model.vocab_size), fitted.of(device))
-            predicted = time_.step - time_.bubble
+        for layout in LAYOUTS:
+            job, dtype, parallel, train = layout
+            if args.only not in job:
+                continue
+            measured, predicted = compare(pool, Path(folder), link, layout, args.rounds)
             errors.append(predicted / measured - 1)
             told = " ".join(f"{k}={v}" for k, v in {**parallel, **train}.items()) or "one rank"
             print(f"{job:5} {dtype:6} {told:42} {measured:14.2f} {predicted:10.2f} {errors[-1]:+7.1%}", flush=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shapes import known
+from sources import SITES, Site, dropped
 
 from megapre.planner import hardware
 from megapre.planner.job import Job, Layout, Shape, Stack
@@ -46,31 +47,15 @@ class Run:
     """GiB of the fullest device; 0 when it was not measured."""
 
 
-@dataclass(frozen=True)
-class Site:
-    """What the documentation of a cluster says that a row does not print."""
-
-    nic: float = 0.0
-    nvlink: float = 0.0
-    extra_memory: float = 0.0
-    source: str = ""
-
-
-SITES = {
-    "bigscience": Site(6.25e9, 78e9, 10 * 2**30,
-        "Jean Zay: 4 NVLinks per pair of GPUs, 4 Omni-Path links of 100 Gb/s a node of 8 (project README); "
-        "DeepSpeed's flat ZeRO-1 buffers"),
-    "fms-fsdp": Site(6.25e9, 0.0, 0.0,
-        "A100 80GB and 400Gbps interconnect (PyTorch blog on training throughput with FSDP)"),
-}  # fmt: skip
-
-
 def number(text: Any, default: float | None = None) -> float | None:
     """``text`` as a number, or the default."""
     try:
         return float(text)
     except (TypeError, ValueError):
         return default
+
+
+FSDP, JAX = ("fsdp", "llm-foundry", "torchtitan", "composer"), ("pax", "maxtext", "jax")
 
 
 class Refused(Exception):
@@ -163,25 +148,34 @@ class Reader:
         row, text = self.row, self.text
         attention = row["attention_impl"].lower()
         precision = row["precision"]
-        dtype = "fp8" if "fp8" in precision else "fp16" if "fp16" in precision else "bf16"
+        dtype = "fp8" if re.search("fp8|float8", precision.lower()) else "fp16" if "fp16" in precision else "bf16"
         new = self.device.generation != "ampere"
-        fsdp = any(word in text for word in ("fsdp", "llm-foundry", "torchtitan", "composer"))
-        jax = any(word in text for word in ("pax", "maxtext", "jax"))
-        overlap = new or fsdp or jax or "nemo" in text
+        fsdp = any(word in text for word in FSDP)
+        jax = any(word in text for word in JAX)
+        modern = self._modern()
         kind = self._attention(attention, new, jax)
-        engine = "megatron" if kind != "unfused" or overlap else "classic"
+        engine = "megatron" if kind != "unfused" or modern else "classic"
         fusion = "fused"
         if jax:
             fusion = "fused" if re.search(r"\bte\b", self.name) else "compiled"
-        elif fsdp:
+        elif fsdp and "compile" not in f"{text} {attention}":
             fusion = "eager"
         deepspeed = "bigscience" in text
         held = (6.0 if dtype == "bf16" else 2.0) if deepspeed else 2.0 if fsdp or jax else 4.0
         if self.family == "korthikanti22" or (new and re.search("nemo|dgxc|bridge", text)):
             held = 2.0  # NeMo's recipes: grad_reduce_in_fp32 = False
-        wire = 4 if deepspeed and dtype == "bf16" else 2
+        # Megatron's stacks and DeepSpeed reduce the fp32 sums of bf16 gradients, FSDP the gradients themselves.
+        wire = 4 if dtype != "fp16" and held >= 4.0 else 2
         site = self.site()
-        return Stack(dtype, kind, fusion, overlap, engine, wire, held, 4.0, site.extra_memory)
+        apart = deepspeed or self.year <= 2021
+        return Stack(
+            dtype, kind, fusion, overlap=modern and site.overlap, tensor_overlap=new, engine=engine, reduced_bytes=wire,
+            gradient_bytes=held, separate_sum=apart, extra_memory=site.extra_memory,
+        )  # fmt: skip
+
+    def _modern(self) -> bool:
+        """Software that overlaps its traffic and shards its optimizer unless told otherwise."""
+        return self.device.generation != "ampere" or any(word in self.text for word in (*FSDP, *JAX, "nemo"))
 
     def _attention(self, printed: str, new: bool, jax: bool) -> str:
         if any(words in printed for words in ("no flash", "fused softmax", "unfused")):
@@ -197,7 +191,8 @@ class Reader:
             return "unfused"
         if new:
             return "flash3"
-        old = self.family.startswith(("vtrain", "nemo-launcher", "megatron-lm")) or self.year <= 2022
+        forks = ("vtrain", "nemo-launcher", "megatron-lm", "zero-bubble")  # Megatron-LM's default until 2024
+        old = self.family.startswith(forks) or self.year <= 2022
         return "unfused" if old else "flash2"
 
     def site(self) -> Site:
@@ -232,7 +227,7 @@ class Reader:
                 raise Refused("the layout does not multiply to the GPUs")
             dp = int(ranks // (tp * pp * cp))  # printed without the expert axis
         chunks = self._chunks(shape, pp)
-        zero, shard = self._zero(stack)
+        zero, shard = self._zero()
         schedule = "interleaved" if chunks > 1 else "1f1b"
         for words, name in (("zb-2p", "zb-h2"), ("zb-h2", "zb-h2"), ("zb-1p", "zb-h1"), ("zb-h1", "zb-h1"),
                             ("zb-v", "zb-v")):  # fmt: skip
@@ -244,7 +239,7 @@ class Reader:
         if batch is None:
             self.assume("global_batch")
             batch = (micro or 1) * dp * (1 if pp == 1 else 4 * pp)
-        sequence = row["sequence_parallel"] == "yes" or (row["sequence_parallel"] != "no" and stack.overlap and tp > 1)
+        sequence = row["sequence_parallel"] == "yes" or (row["sequence_parallel"] != "no" and self._modern() and tp > 1)
         recompute, share = self._recompute()
         return Layout(
             tp, pp, dp, cp, ep, 1 if ep > 1 else tp, chunks, schedule, (), sequence, zero, shard, "none", recompute,
@@ -265,7 +260,7 @@ class Reader:
             chunks = max(1, shape.layers // pp)
         return chunks if pp > 1 else 1
 
-    def _zero(self, stack: Stack) -> tuple[int, int]:
+    def _zero(self) -> tuple[int, int]:
         printed = self.row["zero_stage"].lower()
         shard = 8 if "hsdp" in printed or "fsdp=8" in printed else 0
         if match := re.search(r"zero1=(\d+)", printed):
@@ -276,12 +271,15 @@ class Reader:
             return int(printed[0]), shard
         if "fsdp" in printed or "hsdp" in printed:
             return 3, shard
-        return (1 if stack.overlap else 0), shard
+        return (1 if self._modern() else 0), shard
 
     def _recompute(self) -> tuple[str, float]:
         printed = self.row["recompute"]
         if printed.startswith("full"):
             return "full", 1.0
+        if printed.startswith("sel") and "torchtitan" in self.text:  # it saves every second matrix product
+            self.assume("recompute_share")
+            return "full", 0.5
         if printed.startswith("sel"):
             return "selective", 1.0
         if printed.startswith("yes"):
@@ -322,6 +320,29 @@ def least_recompute(job: Job) -> Job:
     return job.on(recompute="full")
 
 
+POLICIES = ("none", "selective", "light", "full")
+"""From least to most that is recomputed."""
+
+
+def one_policy(runs: list[Run]) -> list[Run]:
+    """Where a page scales one layout over data-parallel ranks, its runs recompute what the tightest of them must.
+
+    Only runs whose recomputation was inferred change.
+    """
+    most: dict[tuple[object, ...], str] = {}
+    keys = []
+    for run in runs:
+        job = run.job
+        layout = replace(job.layout, data=1, global_batch=1, recompute="", expert=1)
+        keys.append((run.source.partition(":")[0], run.model, job.shape, job.stack, job.device.key, layout))
+        if "recompute" in job.assumed:
+            most[keys[-1]] = max(most.get(keys[-1], "none"), job.layout.recompute, key=POLICIES.index)
+    return [
+        replace(run, job=run.job.on(recompute=most[key])) if "recompute" in run.job.assumed else run
+        for run, key in zip(runs, keys)
+    ]
+
+
 def measured(row: dict[str, str], job: Job) -> float:
     """Seconds of a step, from the printed step time or tokens per second; 0 when neither is printed."""
     seconds, tokens = number(row["step_time_s"]), number(row["tokens_per_sec_per_gpu"])
@@ -330,9 +351,10 @@ def measured(row: dict[str, str], job: Job) -> float:
     if tokens:
         return job.tokens / (tokens * job.layout.ranks)
     flops, convention = number(row.get("measured_tflops_per_gpu")), row.get("flops_convention", "")
-    if flops and "FULL" in convention:
-        return job.shape.model_flops(job.tokens, attention=1.0) / (flops * 1e12 * job.layout.ranks)
-    if flops and "SC21" in convention:
+    for word, share in (("FULL", 1.0), ("no causal halving", 1.0), ("CAUSAL", 0.5)):
+        if flops and word in convention:
+            return job.shape.model_flops(job.tokens, attention=share) / (flops * 1e12 * job.layout.ranks)
+    if flops and ("SC21" in convention or "incl. full-recompute" in convention):
         s, h, layers, v = job.shape.sequence, job.shape.hidden, job.shape.layers, job.shape.vocab
         work = 96.0 * job.tokens * layers * h**2 * (1 + s / (6 * h) + v / (16 * layers * h))
         return work / (flops * 1e12 * job.layout.ranks)
@@ -341,37 +363,6 @@ def measured(row: dict[str, str], job: Job) -> float:
 
 NEEDED = {"micro_batch", "global_batch", "layers", "seq_len", "tp", "pp"}
 """Fields without which a step time means nothing."""
-
-
-def dropped(row: dict[str, str]) -> str:
-    """Why a row of the shared tables is left out, or "": what its page says about it."""
-    family, _, tail = row["id"].rpartition("-")
-    index = int(tail) if tail.isdigit() else -1
-    for reason, table in BY_HAND.items():
-        if index in table.get(family, ()) or 0 in table.get(family, ()):
-            return reason
-    return ""
-
-
-BY_HAND: dict[str, dict[str, tuple[int, ...]]] = {
-    "fine-tuning run": {"nemo-docs": (13, 14, 15, 28, 29, 30, 43, 44, 45), "dgxc": tuple(range(281, 287)),
-                        "megatron-bridge": (4,)},
-    "debug run": {"megatron-bridge-skills": (0,)},
-    "1.3 to 2 times slower than rows of the same description": {"megatron-bridge": (24, 30, 37)},
-    "state-space hybrid": {"megatron-bridge": (3, 10, 15, 20)},
-    "expert run with fields that its page contradicts": {"megatron-bridge": (35,)},
-    "heads or layers not printed": {"bigscience-tr11": (*range(1, 34), 95)},
-    "the layout does not multiply to the GPUs": {"bigscience-tr11": (45,)},
-    "no time (out of memory or failed)": {"bigscience-tr11": (83, 90, 91, 126, 127, 141, 148),
-                                          "megatron-lm": (13, 14)},
-    "layout, batch or sequence length not printed": {"pythia": (0,), "llama1-paper": (0,), "llama2-paper": (0,),
-        "fa2-e2e": (0,), "nemo-docs": tuple(range(46, 55))},
-    "no micro-batch": {"megatron-lm": (*range(4, 13), *range(19, 27))},
-    "encoder-decoder": {"nemo-launcher-a100": tuple(range(12, 24))},
-    "fields not printed": {"nemo-launcher-a100": tuple(range(29, 37))},
-    "no shapes": {"simumax-b200": (5, 6, 7, 8, 13, 14, 15, 16, 21, 22, 23, 24)},
-    "time of one layer": {"korthikanti22": tuple(range(17, 24))},
-}  # fmt: skip
 
 
 def read_raw(path: Path) -> tuple[list[Run], list[tuple[str, str]]]:
@@ -401,7 +392,7 @@ def read_raw(path: Path) -> tuple[list[Run], list[tuple[str, str]]]:
                 runs.append(Run(row["id"], reader.family, row["source"], row["model_name"], job, seconds, memory))
             elif not missing:
                 rest.append((row["id"], reason or "neither time nor memory"))
-    return runs, rest
+    return one_policy(runs), rest
 
 
 PARTS = (("shape", Shape), ("layout", Layout), ("stack", Stack))

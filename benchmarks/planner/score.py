@@ -1,29 +1,34 @@
 """How far predictions are from published measurements, beside what a constant HFU and repeated rows reach.
 
 ``python benchmarks/planner/score.py [TABLE.csv] [--leave-out] [--detail FILE]``. TABLE may be a raw table of
-published rows; rows of families that the constants were never fitted to are marked with a star.
+published rows; families that the constants were never fitted to are marked with a star.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
-from fit import fit, timed
+from fit import Frozen, fit, scored, timed
 from rows import RUNS, Run, read
 
+from megapre.planner import hardware
 from megapre.planner.constants import Constants, load
-from megapre.planner.job import Job
+from megapre.planner.job import Job, Layout, Shape, Stack
 from megapre.planner.memory import fullest
+from megapre.planner.pipeline import Costs, pipeline_time
 from megapre.planner.timing import predict
 
 GIB = 2.0**30
 Errors = dict[str, float]
+SHAPE = Shape(64, 1024, 8, 8, 128, 4096, 32000, 2048)
+"""Any model: for schedules whose stages' costs are given."""
 
 
 def step_errors(runs: Iterable[Run], constants: Constants) -> Errors:
@@ -52,12 +57,17 @@ def naive(runs: Sequence[Run]) -> Errors:
     return found
 
 
-def grouped(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
-    """Runs by family."""
+def by(runs: Iterable[Run], key: Callable[[Run], str]) -> dict[str, list[Run]]:
+    """Runs in groups of one key."""
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        groups[run.family].append(run)
-    return sorted(groups.items())
+        groups[key(run)].append(run)
+    return groups
+
+
+def grouped(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
+    """Runs by family."""
+    return sorted(by(runs, lambda run: run.family).items())
 
 
 def noise(runs: Sequence[Run]) -> np.ndarray:
@@ -81,9 +91,11 @@ def print_times(runs: Sequence[Run], constants: Constants, left_out: Errors | No
     ours, constant = step_errors(runs, constants), naive(runs)
     print(f"{'step time, % error':22}{'n':>5} | {'ours: median mean p90':>21} | {'constant HFU':>20} |"
           f"{' left out: median mean p90' if left_out else ''}")  # fmt: skip
+    fitted = {run.family for run in timed(read())}
     for family, group in [*grouped(runs), ("all", list(runs))]:
         ids = [run.id for run in group]
-        line = f"{family:22}{len(ids):>5} |  {told(ours[i] for i in ids)} | {told(constant[i] for i in ids)} |"
+        star = "" if family in fitted or family == "all" else " *"
+        line = f"{family + star:22}{len(ids):>5} |  {told(ours[i] for i in ids)} | {told(constant[i] for i in ids)} |"
         known = [left_out[i] for i in ids if i in left_out] if left_out else []
         print(line + (f"  {told(known)}" if known else ""))
     floor = noise(runs)
@@ -103,25 +115,58 @@ SAME = 0.02
 """Measured times closer than this have no order: runs of one description differ by as much."""
 
 
-def tau(pairs: Sequence[tuple[float, float]]) -> float:
+def tau(pairs: Sequence[tuple[float, float]], same: float = SAME) -> float:
     """Kendall's tau of (predicted, measured) over the pairs that were measured apart; nan without any."""
     signs = [
         np.sign(a[0] - b[0]) * np.sign(a[1] - b[1])
         for a, b in itertools.combinations(pairs, 2)
-        if abs(a[1] / b[1] - 1) > SAME and a[0] != b[0]
+        if abs(a[1] / b[1] - 1) > same and a[0] != b[0]
     ]
     return float(np.mean(signs)) if signs else float("nan")
 
 
+GAP = 4
+"""Lines of a page between two of its tables, at least."""
+
+
+def tables(runs: Sequence[Run]) -> dict[str, tuple[str, int]]:
+    """id -> the table that a run was printed in: a page, and the first line of a block of lines close together.
+
+    A page may tell months of work: its tables differ in the software's age, rows of one table do not.
+    """
+    lines: dict[str, set[int]] = defaultdict(set)
+    split = {run.id: re.fullmatch(r"(.*):(\d+)", run.source) for run in runs}
+    for match in split.values():
+        if match:
+            lines[match[1]].add(int(match[2]))
+    starts: dict[tuple[str, int], int] = {}
+    for page, numbers in lines.items():
+        first = last = -GAP
+        for number in sorted(numbers):
+            first = first if number - last < GAP else number
+            starts[page, number] = first
+            last = number
+    return {run: (match[1], starts[match[1], int(match[2])]) if match else ("", 0) for run, match in split.items()}
+
+
 def sweeps(runs: Sequence[Run]) -> dict[str, dict[tuple[object, ...], list[Run]]]:
-    """Runs of one model, batch and number of devices that differ in their layout, by kind of sweep."""
+    """Runs of one model, batch, number of devices and table that differ in their layout, by kind of sweep."""
     found: dict[str, dict[tuple[object, ...], list[Run]]] = defaultdict(lambda: defaultdict(list))
+    table = tables([run for run in runs if run.job.layout.ranks > run.job.device.gpus_per_node])
     for run in runs:
         job = run.job
-        site = (run.family, job.shape, job.device.key, job.stack.dtype, job.layout.ranks, job.layout.global_batch)
+        site = (
+            run.family, table.get(run.id), job.shape, job.device.key, job.stack.dtype, job.layout.ranks,
+            job.layout.global_batch,
+        )  # fmt: skip
         kind = "one node" if job.layout.ranks <= job.device.gpus_per_node else "many nodes"
         found[kind][site].append(run)
-    return {k: {site: g for site, g in v.items() if len({run.job for run in g}) > 2} for k, v in found.items()}
+        found["pipeline schedules"][(*site, replace(job.layout, schedule="", chunks=1))].append(run)
+    least = {"pipeline schedules": 2}
+    return {
+        kind: {site: group for site, group in groups.items() if len({run.job for run in group}) >= least.get(kind, 3)}
+        for kind, groups in found.items()
+    }
 
 
 def print_ranking(runs: Sequence[Run], ours: Errors) -> None:
@@ -135,36 +180,76 @@ def print_ranking(runs: Sequence[Run], ours: Errors) -> None:
         if taus:
             count = sum(len(group) for group in groups.values())
             print(f"ranking, {kind}: {len(taus)} sweeps of {count} runs, Kendall tau mean {np.mean(taus):.2f} median "
-                  f"{np.median(taus):.2f}; the chosen layout is {100 * np.median(losses):.1f}% (median), "
+                  f"{np.median(taus):.2f};\n  the chosen layout is {100 * np.median(losses):.1f}% (median), "
                   f"{100 * np.mean(losses):.1f}% (mean) slower than the measured best")  # fmt: skip
+
+
+BUBBLES: dict[str, Callable[[int, int, int], float]] = {
+    "gpipe": lambda p, m, v: (p - 1) / m,
+    "1f1b": lambda p, m, v: (p - 1) / m,
+    "interleaved": lambda p, m, v: (p - 1) / (v * m),
+    "zb-h1": lambda p, m, v: (p - 1) / (3 * m),
+    "zb-h2": lambda p, m, v: 0.0,
+    "zb-v": lambda p, m, v: 0.0,
+}
+"""Published bubble over ideal time where F, B and W take as long: arXiv 2104.04473 section 2.2, 2401.10241 and the
+table of its repository (ZB-V)."""
+
+
+def print_schedules() -> None:
+    """Simulated against published bubbles, and the order of schedules for one pipeline."""
+    gaps, taus = [], []
+    device = hardware.load("h100")
+    for ranks, rounds in itertools.product((4, 8, 16), (2, 4, 8)):
+        microbatches = ranks * rounds
+        pairs = []
+        for schedule, chunks in (*((name, 2 if name == "zb-v" else 1) for name in BUBBLES if name != "interleaved"),
+                                 ("interleaved", 2), ("interleaved", 4)):  # fmt: skip
+            layout = Layout(pipeline=ranks, chunks=chunks, schedule=schedule, global_batch=microbatches)
+            stages = layout.stages
+            costs = Costs([1 / chunks] * stages, [2 / chunks] * stages, [1 / chunks] * stages, 0.0)
+            made = pipeline_time(Job(SHAPE, layout, Stack(), device), costs) / (3 * microbatches) - 1
+            published = BUBBLES[schedule](ranks, microbatches, chunks)
+            gaps.append(abs(made - published))
+            pairs.append((1 + made, 1 + published))
+        taus.append(tau(pairs, same=1e-3))
+    print(f"pipeline schedules against their papers' bubbles: {len(taus)} pipelines of {len(pairs)} schedules, Kendall "
+          f"tau mean {np.mean(taus):.2f} lowest {min(taus):.2f};\n  bubbles differ by {np.mean(gaps):.3f} of the ideal "
+          "time (mean)")  # fmt: skip
 
 
 def left_out_errors(runs: Sequence[Run]) -> Errors:
     """Every family predicted by constants fitted to the others, from the priors on."""
     found: Errors = {}
-    for family, group in grouped(timed(runs)):
+    pipeline = Frozen()
+    for family, group in grouped(runs):
         others = [run for run in timed(runs) if run.family != family]
-        found |= step_errors(group, fit(others, rounds=1, inner=7))
+        found |= step_errors(group, fit(others, rounds=1, inner=7, pipeline=pipeline))
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", nargs="?", type=Path, default=RUNS)
-    parser.add_argument("--leave-out", action="store_true", help="also fit without each family (minutes)")
+    parser.add_argument("--leave-out", action="store_true", help="also fit without each family (minutes of CPU time)")
     parser.add_argument("--detail", type=Path, help="write every run's error there")
     args = parser.parse_args()
     everything, constants = read(args.table), load()
-    runs = timed(everything)
-    untouched = [run for run in everything if run.seconds and run not in runs]
-    print(f"{len(everything)} runs; times of {len(runs)} were fitted with {len(fields(Constants))} constants, of "
-          f"{len(untouched)} never seen (other devices); no memory was fitted\n")  # fmt: skip
-    ours = print_times(runs, constants, left_out_errors(runs) if args.leave_out else None)
-    if untouched:
-        print(f"never seen: {untouched[0].job.device.name}, n = {len(untouched)}: "
-              f"{told(step_errors(untouched, constants).values())}")  # fmt: skip
+    seen = {run.id for run in timed(read())}
+    runs = [run for run in everything if scored(run)]
+    known = {run.id for run in runs}
+    untouched = [run for run in everything if run.seconds and run.id not in known]
+    fitted = sum(run.id in seen for run in runs)
+    print(f"{len(everything)} runs; {len(fields(Constants))} constants were fitted to the times of {fitted} of them\n"
+          f"and tested on {len(runs) - fitted} more, and on {len(untouched)} of devices without constants of their "
+          "own; no memory was fitted\n")  # fmt: skip
+    ours = print_times(runs, constants, left_out_errors(runs) if args.leave_out else None) if runs else {}
+    for name, group in sorted(by(untouched, lambda run: run.job.device.name).items()):
+        print(f"never fitted: {name}, n = {len(group)}: {told(step_errors(group, constants).values())}")
     print_ranking(runs, ours)
-    print_memory([run for run in everything if run.memory])
+    print_schedules()
+    if any(run.memory for run in everything):
+        print_memory([run for run in everything if run.memory])
     if args.detail:
         worst = sorted(runs, key=lambda run: -abs(ours[run.id]))
         lines = [f"{r.id},{r.model},{r.seconds},{ours[r.id]:.4f},{' '.join(r.job.assumed)}" for r in worst]

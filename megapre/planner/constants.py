@@ -31,7 +31,7 @@ class Constants:
     half_k_ampere: float = 250.0
     """Inner dimension at which a product reaches half its speed."""
     half_k_hopper: float = 330.0
-    wave: float = 0.75
+    wave: float = 1.0
     """Exponent of the share of tile slots that hold work."""
     memory_ampere: float = 0.80
     """Share of memory bandwidth that byte-bound operations reach."""
@@ -56,8 +56,10 @@ class Constants:
     """More of it for each expert of a rank."""
     link: float = 0.90
     """Share of the ring bandwidth of NVLink."""
-    latency: float = 3e-5
+    latency: float = 2e-5
     """Seconds to start a collective inside a node."""
+    chunk: float = 3e6
+    """Bytes that each rank of a ring sends before it is full: nccl-tests reach half of it at 24 MiB over 8 ranks."""
     tensor_overlap: float = 0.5
     """Share of tensor-parallel traffic hidden in a stack that overlaps."""
     nic: float = 0.80
@@ -72,17 +74,21 @@ class Constants:
     """Slow-down for each doubling of nodes."""
     fixed: float = 0.015
     """Seconds of a step outside the model: data, clip, logging."""
-    moe: float = 1.5
-    """Time of routing, permutation and uneven experts, against the experts' products alone."""
-    moe_fp8: float = 1.3
-    """More of it where the products are fp8."""
-    all_to_all: float = 0.8
+    moe: float = 1.15
+    """Time of grouped products over uneven experts, against as much work in even products."""
+    permute: float = 8.0
+    """Reads and writes of a token's copy for an expert: routing, permutation, weighting and their inverse."""
+    all_to_all: float = 0.6
     """Share of bandwidth of an expert exchange."""
 
     def by_generation(self, name: str, generation: str) -> float:
         """``name`` for a generation; one without its own constants takes those of hopper, a CPU those of ampere."""
         suffix = "ampere" if generation in ("ampere", "cpu") else "hopper"
         return float(getattr(self, f"{name}_{suffix}"))
+
+    def on(self, device: Device) -> Constants:
+        """These, with those that the device's own profile measured in their place."""
+        return replace(self, **device.measured) if device.measured else self
 
 
 def load(path: Path = FILE) -> Constants:
@@ -91,11 +97,6 @@ def load(path: Path = FILE) -> Constants:
         return Constants()
     values = tomllib.loads(path.read_text(encoding="utf-8"))["constants"]
     return Constants(**values)
-
-
-def of(device: Device) -> Constants:
-    """The fitted constants, with those that the device's own profile measured in their place."""
-    return replace(load(), **device.measured)
 
 
 def to_toml(constants: Constants, notes: str) -> str:

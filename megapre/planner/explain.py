@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from megapre.planner.constants import Constants
 from megapre.planner.job import Job
+from megapre.planner.memory import CONTEXT, FRAGMENTS, GIB, Memory
 from megapre.planner.timing import Time, predict
 
 CAUSES = {
@@ -55,9 +56,16 @@ class Assumption:
     """What was assumed."""
     span: str
     """The alternatives looked at."""
-    fastest: float
-    """Seconds of a step under the alternatives."""
-    slowest: float
+    low: float
+    """The answer that depends on it, under the alternatives: least and most."""
+    high: float
+    unit: str = "s a step"
+
+    @property
+    def answers(self) -> str:
+        """Both, with their unit."""
+        digits = 3 if self.high < 10 else 1 if self.high < 1000 else 0
+        return f"{self.low:,.{digits}f} to {self.high:,.{digits}f} {self.unit}"
 
 
 Change = Callable[[Job], Job]
@@ -68,7 +76,7 @@ def _stack(**changes: object) -> Change:
 
 
 def assumptions(job: Job, constants: Constants) -> list[Assumption]:
-    """Every assumption with the range of step times that it spans."""
+    """Every assumption about the step's time, with the range that it spans."""
     layout, stack = job.layout, job.stack
     kinds = sorted(job.device.attention)
     nic = (job.nic or job.device.nic) / 1e9
@@ -91,6 +99,10 @@ def assumptions(job: Job, constants: Constants) -> list[Assumption]:
             layout.ranks > job.device.gpus_per_node,
         ),
         (
+            "balance of experts", f"products take {constants.moe:.2f} of even ones", "even to twice as long", [],
+            job.shape.moe_layers > 0,
+        ),
+        (
             "nodes that slow each other down", f"{constants.jitter:.1%} for each doubling", "none to 1%", [],
             layout.ranks > job.device.gpus_per_node,
         ),
@@ -102,8 +114,32 @@ def assumptions(job: Job, constants: Constants) -> list[Assumption]:
         times = [predict(change(job), constants).step for change in changes]
         if name.startswith("nodes"):
             times = [predict(job, replace(constants, jitter=jitter)).step for jitter in (0.0, 0.01)]
+        if name.startswith("balance"):
+            times = [predict(job, replace(constants, moe=uneven)).step for uneven in (1.0, 2.0)]
         found.append(Assumption(name, value, span, min(times), max(times)))
     return found
+
+
+def further_assumptions(job: Job, need: Memory, cost: Bill) -> list[Assumption]:
+    """Those about memory, money and energy. ``need``: of the fullest rank."""
+    found = []
+    if job.device.kind == "gpu":
+        tensors = need.activations + need.logits + need.buffers
+        least = need.total - need.allocator
+        found.append(
+            Assumption(
+                "allocator and context", f"{CONTEXT / GIB:.0f} GiB and {FRAGMENTS:.0%} of activations",
+                "none to 4 GiB and 10%", least / GIB, (least + 2 * CONTEXT + 0.1 * tensors) / GIB, "GiB",
+            )
+        )  # fmt: skip
+    price = cost.dollars / max(1e-9, cost.seconds / 3600 * job.layout.ranks)
+    energy = cost.kilowatt_hours / 1000 / OVERHEAD
+    paid, drawn = f"${price:.2f} per GPU hour", f"{OVERHEAD} x the boards'"
+    return [
+        *found,
+        Assumption("price", paid, "half to twice (--price)", cost.dollars / 2, 2 * cost.dollars, "$"),
+        Assumption("power of host and cooling", drawn, "1.1 to 1.6", 1.1 * energy, 1.6 * energy, "MWh"),
+    ]
 
 
 @dataclass(frozen=True)

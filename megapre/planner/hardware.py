@@ -66,7 +66,7 @@ class Device:
     watts: float
     sources: Mapping[str, str] = field(compare=False)
     measured: Mapping[str, float] = field(default_factory=dict, compare=False)
-    """CPU hosts: constants of the timing model that were measured there."""
+    """Constants of the timing model (`constants.Constants`) that were measured on the device itself."""
 
 
 def names() -> list[str]:
@@ -105,6 +105,7 @@ def _device(key: str, tables: dict[str, Any]) -> Device:
     compute, memory, network, cost = (tables[name] for name in ("compute", "memory", "network", "cost"))
     sources = tables["sources"]
     figures = [*compute, *memory, *tables["attention"], *network, *cost]
+    figures += ["measured"] if "measured" in tables else []
     unsourced = [name for name in figures if name not in sources and name != "gpus_per_node"]
     if unsourced:
         raise ValueError(f"[sources] has no entry for {', '.join(unsourced)}")

@@ -188,7 +188,9 @@ class Stack:
     fusion: str = "fused"
     """Byte-bound operations: ``fused`` by hand, ``eager`` or ``compiled`` by XLA."""
     overlap: bool = True
-    """Data- and tensor-parallel traffic runs beside computation."""
+    """Data-parallel traffic runs beside computation."""
+    tensor_overlap: bool = True
+    """Tensor-parallel traffic does too."""
     engine: str = "megapre"
     """Whose table of saved activations counts: ``megapre``, ``megatron`` or ``classic`` (Megatron-LM of 2022)."""
     reduced_bytes: int = 4
@@ -197,6 +199,9 @@ class Stack:
     """Bytes held per element of a gradient."""
     master_bytes: float = 4.0
     """Bytes per element of master weights beside the model's; 0 where they are the same memory."""
+    separate_sum: bool = False
+    """A microbatch's weight gradient is written, then added to the step's sum by a second kernel (DeepSpeed, and
+    Megatron-LM before its fused accumulation of 2022)."""
     extra_memory: float = 0.0
     """Bytes that the site's software was seen to hold beside all that is computed here."""
 

@@ -7,6 +7,9 @@ import math
 from megapre.planner.constants import Constants
 from megapre.planner.job import Job
 
+LONGEST = 32
+"""Ranks of the longest ring: more are joined in trees of rings."""
+
 
 class Network:
     """The links of one job. Ranks are placed tensor innermost, then context, data, pipeline."""
@@ -17,6 +20,7 @@ class Network:
         self.adapter = (job.nic or job.device.nic) * constants.nic
         self.exchange = (job.nic or job.device.nic) * constants.all_to_all
         self.latency = constants.latency
+        self.chunk = constants.chunk
 
     def bandwidth(self, ranks: int, stride: int) -> float:
         """Bytes/s of a ring over ``ranks`` ranks that stand ``stride`` apart.
@@ -39,7 +43,8 @@ class Network:
         """Seconds to gather ``size`` bytes in all, or to reduce-scatter them."""
         if ranks <= 1:
             return 0.0
-        return (ranks - 1) / ranks * size / self.bandwidth(ranks, stride) + self.started(ranks)
+        moved = (ranks - 1) * (size / ranks + self.chunk * min(1.0, LONGEST / ranks))
+        return moved / self.bandwidth(ranks, stride) + self.started(ranks)
 
     def exchange_of_experts(self, tokens: float, copies: int, size: float, ranks: int, stride: int) -> float:
         """Seconds to send every of ``tokens`` tokens of ``size`` bytes to its ``copies`` experts on ``ranks`` ranks.

@@ -57,7 +57,7 @@ def write(
         if figure is not None:
             body += [f"<h2>{name}</h2>", _chart(figure)]
     if assumed:
-        shown = [(f"{a.name}: {a.value}", f"{a.fastest:.3f} to {a.slowest:.3f} s ({a.span})") for a in assumed]
+        shown = [(f"{a.name}: {a.value}", f"{a.answers} ({a.span})") for a in assumed]
         body += ["<h2>Assumed, with the steps that the alternatives give</h2>", _table(shown)]
     page = (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time as clock
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +16,7 @@ from megapre.config.load import load, to_toml
 from megapre.config.schema import Config
 from megapre.planner import constants as fitted
 from megapre.planner import hardware, page, scaling
-from megapre.planner.explain import Assumption, Bill, assumptions, bill, bound
+from megapre.planner.explain import Assumption, Bill, assumptions, bill, bound, further_assumptions
 from megapre.planner.job import Job, from_config, shape_of
 from megapre.planner.memory import GIB, KINDS, Memory, ends, memory
 from megapre.planner.search import Candidate, Found, refusal, search
@@ -60,7 +60,7 @@ def main(job: str, overrides: Sequence[str], request: Request) -> int:
             f"plan knows decoders and encoders, not model.architecture = '{config.model.architecture}': megapre "
             f"trace has its memory and traffic"
         )
-    console, constants = Console(), fitted.of(device)
+    console, constants = Console(), fitted.load()
     console.width = max(console.width, WIDTH)
     found: Found | None = None
     if request.search:
@@ -83,9 +83,10 @@ def main(job: str, overrides: Sequence[str], request: Request) -> int:
     _refuse_what_does_not_fit(planned, ranks)
     tokens = request.tokens or float(config.train.steps) * planned.tokens
     cost = bill(planned, step, tokens, request.price or device.price)
-    assumed = assumptions(planned, constants)
+    fullest = max(ranks.values(), key=lambda need: need.total)
+    assumed = [*assumptions(planned, constants), *further_assumptions(planned, fullest, cost)]
     if request.json:
-        print(json.dumps(_as_dict(planned, step, ranks, cost)))
+        print(json.dumps(_as_dict(planned, step, ranks, cost, assumed)))
     else:
         _print(console, planned, step, ranks, cost, assumed)
         if request.scaling or request.runs:
@@ -161,13 +162,11 @@ def _print(
     for name, value in _rows(job, time, cost):
         console.print(f"{name}: {value}", highlight=False)
     console.print(f"The step is {bound(time)}.", highlight=False)
-    table = Table(title="assumed, with the step times that the alternatives give")
-    for column in ("what", "assumed", "alternatives", "step, s"):
+    table = Table(title="assumed, with the answers that the alternatives give")
+    for column in ("what", "assumed", "alternatives", "answers"):
         table.add_column(column)
     for entry in assumed:
-        table.add_row(entry.name, entry.value, entry.span, f"{entry.fastest:.3f} to {entry.slowest:.3f}")
-    table.add_row("price", f"${cost.dollars / max(1e-9, cost.seconds / 3600 * job.layout.ranks):.2f} per GPU hour",
-                  "--price", "")  # fmt: skip
+        table.add_row(entry.name, entry.value, entry.span, entry.answers)
     console.print(table)
 
 
@@ -226,7 +225,9 @@ def _print_scaling(console: Console, config: Config, vocab: int, tokens: float, 
     console.print(table)
 
 
-def _as_dict(job: Job, time: Time, ranks: dict[int, Memory], cost: Bill) -> dict[str, object]:
+def _as_dict(
+    job: Job, time: Time, ranks: dict[int, Memory], cost: Bill, assumed: Sequence[Assumption]
+) -> dict[str, object]:
     return {
         "gpus": job.layout.ranks,
         "device": job.device.name,
@@ -239,4 +240,5 @@ def _as_dict(job: Job, time: Time, ranks: dict[int, Memory], cost: Bill) -> dict
         "days": cost.seconds / 86400,
         "dollars": cost.dollars,
         "kilowatt_hours": cost.kilowatt_hours,
+        "assumed": [asdict(entry) for entry in assumed],
     }

@@ -116,10 +116,11 @@ def _experts(job: Job, rows: float) -> list[Saved]:
     dealt = tokens / layout.tensor * shape.experts_per_token * layout.expert_tensor
     kept = [
         Saved("dispatched", dealt * shape.hidden * w, "mlp"),
-        Saved("combined", dealt * shape.hidden * w, "mlp"),
         Saved("router", rows * shape.experts * 4, "mlp"),
         *_mlp(job, dealt, shape.expert_ffn / layout.expert_tensor),
     ]
+    if job.stack.engine == "megapre":  # Megatron weighs the experts' inputs of the second matrix, and keeps no output
+        kept.append(Saved("combined", dealt * shape.hidden * w, "mlp"))
     return kept + (_mlp(job, tokens, shape.shared_ffn / layout.tensor) if shape.shared_ffn else [])
 
 

@@ -118,6 +118,8 @@ def _schedules(pipeline: int, layers: int, microbatches: int) -> Iterator[tuple[
         return
     yield "1f1b", 1
     yield "zb-h1", 1
+    if layers % (2 * pipeline) == 0:
+        yield "zb-v", 2
     if microbatches % pipeline == 0:
         for chunks in (2, 3, 4, 5, 6, 8, 10):
             if layers % (pipeline * chunks) == 0:

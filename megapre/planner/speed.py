@@ -34,6 +34,7 @@ def tile_share(rows: int, columns: int, slots: int) -> float:
     return best
 
 
+@lru_cache(maxsize=100_000)
 def alignment(*dimensions: int) -> float:
     """Product of the shares that each contiguous dimension keeps."""
     kept = 1.0
@@ -46,7 +47,8 @@ class Speed:
     """Times of operations of one job on its device."""
 
     def __init__(self, job: Job, constants: Constants) -> None:
-        self.job, self.constants, self.device = job, constants, job.device
+        self.job, self.constants, self.device = job, constants.on(job.device), job.device
+        constants = self.constants
         generation = self.device.generation
         self.fp8 = job.stack.dtype == "fp8" and "fp8" in self.device.best
         self.gemm = constants.by_generation("gemm", generation)
@@ -57,8 +59,13 @@ class Speed:
         self.base = "bf16" if job.stack.dtype == "fp8" else job.stack.dtype
         self.network = Network(job, constants)
 
-    def product(self, rows: float, columns: float, inner: float, *, fp8: bool | None = None, groups: int = 1) -> float:
-        """Seconds of ``groups`` products [rows, inner] x [inner, columns], one after the other."""
+    def product(
+        self, rows: float, columns: float, inner: float, *, fp8: bool | None = None, groups: int = 1, out: float = 0.0
+    ) -> float:
+        """Seconds of ``groups`` products [rows, inner] x [inner, columns], one after the other.
+
+        ``out``: bytes moved per element of the result, where they are not those of an activation.
+        """
         fp8 = self.fp8 if fp8 is None else fp8
         m, n, k = (max(1, round(size)) for size in (rows, columns, inner))
         best = self.device.best["fp8"] * self.constants.gemm_fp8 if fp8 else self.device.best[self.base] * self.gemm
@@ -66,16 +73,21 @@ class Speed:
         shape = tile_share(m, n, self.device.multiprocessors) ** self.constants.wave
         rate = best * shape * k / (k + half) * alignment(n, k)
         width = 1 if fp8 else self.job.stack.width
-        moved = groups * (width * (m * k + k * n) + self.job.stack.width * m * n)
+        moved = groups * (width * (m * k + k * n) + (out or self.job.stack.width) * m * n)
         return max(2.0 * m * n * k * groups / rate, moved / (self.device.bandwidth * READ_BANDWIDTH))
 
     def linear(self, layer: Linear) -> tuple[float, float, float]:
-        """Forward, gradient of the input, gradient of the weight."""
+        """Forward, gradient of the input, gradient of the weight with its addition to the step's sum."""
         rows, inputs, outputs, groups = layer.rows, layer.inputs, layer.outputs, layer.groups
+        stack, layout = self.job.stack, self.job.layout
+        added = 2.0 * min(4.0, stack.gradient_bytes) if layout.zero < 3 and layout.microbatches > 1 else 0.0
+        weight = self.product(outputs, inputs, rows, groups=groups, out=0.0 if stack.separate_sum else added)
+        if stack.separate_sum and added:
+            weight += groups * inputs * outputs * (stack.width + added) / (self.device.bandwidth * READ_BANDWIDTH)
         return (
             self.product(rows, outputs, inputs, groups=groups),
             self.product(rows, inputs, outputs, groups=groups),
-            self.product(outputs, inputs, rows, groups=groups),
+            weight,
         )
 
     def attention(self, tokens: float) -> tuple[float, float]:
@@ -107,15 +119,15 @@ class Speed:
         whole = 22.0 * shape.hidden / (layout.tensor if layout.sequence else 1)
         per_width = 6.0 if shape.gated else 4.0
         width = shape.experts_per_token * shape.expert_ffn + shape.shared_ffn if moe else shape.ffn
-        sharded = (per_width * width + 12.0 * shape.hidden) * (0.8 if moe else 1.0)
-        if moe:
-            sharded += 8.0 * shape.hidden * shape.experts_per_token
+        sharded = per_width * width + 12.0 * shape.hidden
+        if moe:  # routing, permutation and its inverse
+            sharded += 2.0 * self.constants.permute * shape.hidden * shape.experts_per_token
         moved = tokens * (whole + sharded / layout.tensor) * self.job.stack.width / 2
-        if self.fp8:  # casts of activations, and of weights once a microbatch
+        if self.fp8:  # casts of activations, and of weights (and their transposes) once a step
             moved += tokens * 4.0 * (2 * shape.hidden + (shape.q_width + width) / layout.tensor)
             weights = shape.attention_weights() / layout.tensor
             split = layout.expert * layout.expert_tensor if moe else layout.tensor
-            moved += 2.0 * (weights + shape.mlp_weights(moe) / split)
+            moved += 2.0 * (weights + shape.mlp_weights(moe) / split) / layout.microbatches
         moved *= {"eager": self.constants.eager, "compiled": self.constants.compiled}.get(self.job.stack.fusion, 1.0)
         forward = moved / self.memory
         return forward, (1.8 if self.fp8 else 1.6) * forward

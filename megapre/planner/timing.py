@@ -22,6 +22,9 @@ FLOOR = 8.0
 """Exponent with which computation and launches are joined: (a^p + b^p)^(1/p), close to their maximum."""
 
 
+TENSOR_HIDDEN = {"megapre": (0.0, 0.5)}
+"""Parts of forward's and backward's tensor-parallel traffic that can be hidden at all. Ours waits for forward's sums
+and for gradients of row-parallel layers; others cut products into pieces that travel while the next are computed."""
 WHOLE_LOSS, CHUNKED_LOSS = 22.0, 10.0
 """Bytes per logit that a loss moves: with fp32 copies of all logits, or in place over chunks of rows."""
 
@@ -92,9 +95,8 @@ def block(job: Job, speed: Speed, moe: bool) -> Block:
     constants, shape, layout, stack = speed.constants, job.shape, job.layout, job.stack
     tokens = layout.microbatch * shape.sequence / layout.context
     dense, experts = linears(job, tokens, moe)
-    routed = constants.moe * (constants.moe_fp8 if speed.fp8 else 1.0)
-    parts = [[part * scale for part in speed.linear(layer)] for layers, scale in ((dense, 1.0), (experts, routed))
-             for layer in layers]  # fmt: skip
+    kinds = ((dense, 1.0), (experts, constants.moe))
+    parts = [[part * scale for part in speed.linear(layer)] for layers, scale in kinds for layer in layers]
     forward, inputs, weights = (sum(column) for column in zip(*parts))
     attention_f, attention_b = speed.attention(tokens)
     bytes_f, bytes_b = speed.byte_bound(tokens, moe)
@@ -123,9 +125,10 @@ def _traffic(job: Job, speed: Speed, tokens: float, moe: bool, attention: float)
     forward = backward = 0.0
     if layout.tensor > 1:  # two all-reduces, or two gathers and two reduce-scatters, each way
         forward = backward = 2 * net.all_reduce(tokens * shape.hidden * width, layout.tensor)
-        if job.stack.overlap:
-            forward *= 1 - 0.6 * constants.tensor_overlap
-            backward *= 1 - constants.tensor_overlap
+        if job.stack.overlap and job.stack.tensor_overlap:
+            early, late = TENSOR_HIDDEN.get(job.stack.engine, (0.6, 1.0))
+            forward *= 1 - early * constants.tensor_overlap
+            backward *= 1 - late * constants.tensor_overlap
     if moe and layout.expert > 1:  # dispatch and combine
         exchange = 2 * net.exchange_of_experts(
             tokens / layout.tensor, shape.experts_per_token, shape.hidden * width, layout.expert, layout.expert_tensor
@@ -159,18 +162,20 @@ def stage_costs(job: Job, speed: Speed, dense: Block, moe: Block | None) -> list
     counts = stage_layers(shape, layout)
     head_f, head_i, head_w = head(job, speed)
     costs, done = [], 0
+    known: dict[tuple[int, int, bool], StageCost] = {}
     for index, count in enumerate(counts):
         plain = min(max(0, shape.layers - shape.moe_layers - done), count)
         done += count
-        kinds = [(plain, dense), (count - plain, moe or dense)]
         last = index == len(counts) - 1
-        costs.append(
-            StageCost(
+        like = (plain, count, last)
+        if like not in known:
+            kinds = [(plain, dense), (count - plain, moe or dense)]
+            known[like] = StageCost(
                 sum(n * each.f for n, each in kinds) + (head_f if last else 0.0),
                 sum(n * each.b for n, each in kinds) + (head_i + head_w if last else 0.0),
                 sum(n * each.weight_gradient for n, each in kinds) + (head_w if last else 0.0),
             )
-        )
+        costs.append(known[like])
     return costs
 
 
@@ -188,6 +193,7 @@ def head(job: Job, speed: Speed) -> tuple[float, float, float]:
 def predict(job: Job, constants: Constants, pipeline: Callable[[Job, Costs], float] = pipeline_time) -> Time:
     """The step of ``job``. ``pipeline`` gives the time of the schedule from every stage's costs."""
     speed = Speed(job, constants)
+    constants = speed.constants
     shape, layout = job.shape, job.layout
     dense = block(job, speed, moe=False)
     moe = block(job, speed, moe=True) if shape.moe_layers else None

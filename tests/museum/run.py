@@ -59,7 +59,7 @@ def plant(mutant: Mutant, folder: Path) -> None:
     if mutant is not CONTROL and (text.count(mutant.old) != 1 or mutant.old == mutant.new):
         raise ValueError(f"does not apply: its text is {text.count(mutant.old)} times in {mutant.file}")
     for entry in ROOT.iterdir():
-        if entry.name in COPIED:
+        if entry.name in COPIED or entry.name == Path(mutant.file).parts[0]:  # never write through a link
             shutil.copytree(entry, folder / entry.name)
         elif not entry.name.startswith("."):
             (folder / entry.name).symlink_to(entry)

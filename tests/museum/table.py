@@ -522,10 +522,26 @@ MUTANTS = (
     Mutant(
         "planner-ring-moves-all-bytes",
         "megapre/planner/network.py",
-        "(ranks - 1) / ranks * size / self.bandwidth(ranks, stride)",
-        "size / self.bandwidth(ranks, stride)",
+        "moved = (ranks - 1) * (size / ranks",
+        "moved = ranks * (size / ranks",
         "tests/planner/test_timing.py::test_rings_cost_what_the_formula_says",
         "a ring of n ranks moves (n - 1) / n of the bytes",
+    ),
+    Mutant(
+        "planner-casts-fp8-weights-every-microbatch",
+        "megapre/planner/speed.py",
+        "(weights + shape.mlp_weights(moe) / split) / layout.microbatches",
+        "(weights + shape.mlp_weights(moe) / split)",
+        "tests/planner/test_timing.py::test_fp8_casts_its_weights_once_a_step",
+        "fp8 weights and their transposes are kept for the step: large experts were predicted twice too slow",
+    ),
+    Mutant(
+        "planner-recomputes-row-by-row",
+        "benchmarks/planner/rows.py",
+        "return one_policy(runs), rest",
+        "return runs, rest",
+        "tests/planner/test_published.py::test_runs_of_one_recipe_recompute_alike",
+        "one recipe at 64 and 1024 GPUs was read as full and as selective recomputation: four runs 30% too fast",
     ),
     Mutant(
         "planner-forgets-the-last-stages-head",

@@ -63,5 +63,14 @@ def test_a_stale_mutant_is_refused(tmp_path: Path) -> None:
         plant(stale, tmp_path)
 
 
+def test_a_mutant_is_planted_in_the_copy_alone(tmp_path: Path) -> None:
+    for mutant in {mutant.file.split("/")[0]: mutant for mutant in ALL if mutant is not CONTROL}.values():
+        folder = tmp_path / mutant.file.split("/")[0]
+        folder.mkdir()
+        before = (ROOT / mutant.file).read_text()
+        plant(mutant, folder)
+        assert (folder / mutant.file).read_text() != before == (ROOT / mutant.file).read_text(), mutant.name
+
+
 def test_the_table_of_the_docs_is_the_museum() -> None:
     assert report.table() in (ROOT / "docs" / "museum.md").read_text(), "run python -m tests.museum.report --write"

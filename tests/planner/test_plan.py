@@ -44,6 +44,7 @@ def test_json_holds_the_prediction(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["gpus"] == 64 and 8.0e9 < found["parameters"] < 8.1e9
     assert sum(found["parts"].values()) == pytest.approx(found["step_seconds"])
     assert 0.2 < found["mfu"] < 0.7
+    assert {"attention kernel", "price"} <= {entry["name"] for entry in found["assumed"]}
     assert found["dollars"] == pytest.approx(found["days"] * 24 * 64 * 2)
     for kinds in found["memory"].values():
         assert sum(size for kind, size in kinds.items() if kind != "sum") == pytest.approx(kinds["sum"])

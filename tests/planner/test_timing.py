@@ -9,13 +9,15 @@ import pytest
 
 from megapre.planner import hardware
 from megapre.planner.constants import FILE, Constants, load, to_toml
-from megapre.planner.explain import assumptions, bill, bound
+from megapre.planner.explain import assumptions, bill, bound, further_assumptions
 from megapre.planner.job import Job, Layout, Shape, Stack
+from megapre.planner.memory import memory
 from megapre.planner.network import Network
 from megapre.planner.pipeline import Costs, pipeline_time, run, stage_layers
 from megapre.planner.search import closed_form
-from megapre.planner.speed import Speed, alignment, tile_share
-from megapre.planner.timing import join, predict
+from megapre.planner.speed import READ_BANDWIDTH, Speed, alignment, tile_share
+from megapre.planner.timing import block, join, predict
+from megapre.planner.work import Linear
 
 CONSTANTS = load()
 SHAPE = Shape(32, 4096, 32, 8, 128, 14336, 128256, 8192, gated=True, tied=False)
@@ -71,11 +73,53 @@ def test_products_reach_at_most_the_best_known_one() -> None:
     assert (alignment(4096, 4096), alignment(100, 4096)) == (1.0, 0.6)
 
 
+def test_a_profile_may_bring_constants_of_its_own() -> None:
+    slow = replace(JOB.device, measured={"gemm_hopper": 0.5 * CONSTANTS.gemm_hopper})
+    assert CONSTANTS.on(JOB.device) is CONSTANTS
+    product = Speed(JOB, CONSTANTS).product(8192, 8192, 8192)
+    assert Speed(replace(JOB, device=slow), CONSTANTS).product(8192, 8192, 8192) == pytest.approx(2 * product)
+    assert 1.3 < predict(replace(JOB, device=slow), CONSTANTS).step / predict(JOB, CONSTANTS).step < 2.0
+
+
+def test_gradients_are_added_to_the_sum_of_microbatches() -> None:
+    """In the product itself behind its arithmetic, or by a second kernel that reads and writes all of them again."""
+    speed, layer = Speed(JOB, CONSTANTS), Linear(4096, 4096, 8192)
+    apart = Speed(replace(JOB, stack=replace(JOB.stack, separate_sum=True)), CONSTANTS)
+    assert speed.linear(layer)[:2] == apart.linear(layer)[:2]
+    again = 4096 * 4096 * (2 + 2 * 4) / (JOB.device.bandwidth * READ_BANDWIDTH)
+    assert apart.linear(layer)[2] == pytest.approx(speed.linear(layer)[2] + again)
+    few = replace(layer, rows=16)  # bound by memory
+    assert speed.linear(few)[2] >= 4096 * 4096 * 2 * 4 / (JOB.device.bandwidth * READ_BANDWIDTH)
+    one = Speed(replace(JOB.on(global_batch=4), stack=apart.job.stack), CONSTANTS)
+    assert one.linear(layer)[2] == pytest.approx(speed.linear(layer)[2]), "one microbatch has nothing to add to"
+
+
+def test_our_engine_hides_tensor_parallel_traffic_of_backward_alone() -> None:
+    def traffic(**stack: object) -> tuple[float, float]:
+        job = replace(JOB, stack=replace(JOB.stack, **stack))  # type: ignore[arg-type]
+        made = block(job, Speed(job, CONSTANTS), moe=False)
+        return made.forward_traffic, made.backward_traffic
+
+    bare = traffic(overlap=False)
+    assert bare[0] == bare[1] == traffic(tensor_overlap=False)[0]
+    assert traffic() == (bare[0], pytest.approx(bare[1] * (1 - 0.5 * CONSTANTS.tensor_overlap)))
+    assert traffic(engine="megatron")[1] < traffic()[1] and traffic(engine="megatron")[0] < bare[0]
+
+
+def test_fp8_casts_its_weights_once_a_step() -> None:
+    job = replace(JOB, stack=replace(JOB.stack, dtype="fp8"))
+    once, many = Speed(job.on(global_batch=4), CONSTANTS), Speed(job, CONSTANTS)
+    weights = (SHAPE.attention_weights() + SHAPE.mlp_weights(False)) / 2
+    saved = once.byte_bound(8192, moe=False)[0] - many.byte_bound(8192, moe=False)[0]
+    assert saved == pytest.approx(2 * weights * (1 - 1 / 32) / many.memory)
+
+
 def test_rings_cost_what_the_formula_says() -> None:
     net = Network(JOB, CONSTANTS)
     size = 1e9
-    inside = 2 * 7 / 8 * size / net.inside
+    inside = 2 * 7 * (size / 8 + net.chunk) / net.inside
     assert net.all_reduce(size, 8) == pytest.approx(inside + net.started(8))
+    assert net.gather(size, 64) < 63 * (size / 64 + net.chunk) / net.adapter
     assert net.gather(size, 1) == net.all_reduce(size, 1) == 0
     # Ranks of two nodes that stand 2 apart share the adapters of a pair.
     assert net.bandwidth(8, 2) == pytest.approx(4 * net.adapter)
@@ -136,7 +180,15 @@ def test_every_assumption_has_a_range_around_the_prediction() -> None:
         entry.name for entry in found
     }
     for entry in found:
-        assert entry.fastest <= base * (1 + 1e-9) and base * (1 - 1e-9) <= entry.slowest, entry
+        assert entry.low <= base * (1 + 1e-9) and base * (1 - 1e-9) <= entry.high, entry
+    experts = replace(SHAPE, experts=8, experts_per_token=2, expert_ffn=4096)
+    moe = replace(JOB, shape=experts, layout=replace(LAYOUT, expert=8))
+    assert "balance of experts" in {entry.name for entry in assumptions(moe, CONSTANTS)}
+    cost, need = bill(JOB, predict(JOB, CONSTANTS), 1e12, price=2.0), memory(JOB, 0)
+    answers = {"GiB": need.total / 2**30, "$": cost.dollars, "MWh": cost.kilowatt_hours / 1000}
+    for entry in further_assumptions(JOB, need, cost):
+        assert entry.low < answers.pop(entry.unit) < entry.high and entry.unit in entry.answers, entry
+    assert not answers
 
 
 def test_a_bill_multiplies() -> None:
