@@ -118,8 +118,7 @@ def loss_sums(
     sentences = torch.zeros((), dtype=torch.float64)
     if config.model.sentence_classes:
         labels, weights = _labels(m)
-        classes = linear(w, "head.sentence", torch.tanh(linear(w, "head.pooler", x[0])))
-        sentences = (F.cross_entropy(classes, labels, reduction="none") * weights).sum()
+        sentences = (F.cross_entropy(classes(w, x), labels, reduction="none") * weights).sum()
     return (losses * m.weights.double().flatten()).sum(), sentences
 
 
@@ -155,6 +154,11 @@ def embedded(model: ModelConfig, w: Weights, m: Microbatch, drop: Dropper) -> Te
         x = norm(model, w, "embedding.norm", x)
     x = drop(x, model.dropout, site(0, EMBEDDING))
     return linear(w, "embedding.project", x) if "embedding.project.weight" in w else x
+
+
+def classes(w: Weights, x: Tensor) -> Tensor:
+    """Scores of the sentences' classes [batch, classes] from the features."""
+    return linear(w, "head.sentence", torch.tanh(linear(w, "head.pooler", x[0])))
 
 
 def vocabulary(model: ModelConfig, w: Weights, x: Tensor) -> Tensor:
