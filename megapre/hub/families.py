@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from types import MappingProxyType
@@ -14,16 +14,21 @@ from megapre.hub.settings import Settings
 
 FAMILIES = MappingProxyType(
     {
-        "llama": ("megapre.hub.llama", "LlamaForCausalLM"),
-        "mistral": ("megapre.hub.llama", "MistralForCausalLM"),
-        "qwen2": ("megapre.hub.llama", "Qwen2ForCausalLM"),
-        "qwen3": ("megapre.hub.llama", "Qwen3ForCausalLM"),
-        "gpt2": ("megapre.hub.gpt2", "GPT2LMHeadModel"),
-        "mixtral": ("megapre.hub.mixtral", "MixtralForCausalLM"),
-        "qwen3_moe": ("megapre.hub.mixtral", "Qwen3MoeForCausalLM"),
+        "llama": ("megapre.hub.llama", "LlamaForCausalLM", "model."),
+        "mistral": ("megapre.hub.llama", "MistralForCausalLM", "model."),
+        "qwen2": ("megapre.hub.llama", "Qwen2ForCausalLM", "model."),
+        "qwen3": ("megapre.hub.llama", "Qwen3ForCausalLM", "model."),
+        "gpt2": ("megapre.hub.gpt2", "GPT2LMHeadModel", "transformer."),
+        "mixtral": ("megapre.hub.mixtral", "MixtralForCausalLM", "model."),
+        "qwen3_moe": ("megapre.hub.mixtral", "Qwen3MoeForCausalLM", "model."),
+        "bert": ("megapre.hub.bert", "BertForMaskedLM", "bert."),
+        "roberta": ("megapre.hub.bert", "RobertaForMaskedLM", "roberta."),
+        "albert": ("megapre.hub.bert", "AlbertForMaskedLM", "albert."),
+        "electra": ("megapre.hub.bert", "ElectraForMaskedLM", "electra."),
     }
 )
-"""``model_type`` -> the module that knows it, and the class of ``transformers``."""
+"""``model_type`` -> the module that knows it, the class of ``transformers``, and the prefix of the names of its
+body, which files of the bare model lack."""
 
 FREE = frozenset(
     {
@@ -42,8 +47,9 @@ class Family:
     architecture: str
     ignored: tuple[str, ...]
     """Patterns of tensors that follow from the settings."""
+    copies: Mapping[str, str]
+    """Tensors that some files hold twice, and what they must equal."""
     prefix: str
-    """Of all names of a model with a head; files of the bare model lack it."""
     model: Callable[[Settings], dict[str, Any]]
     config: Callable[[ModelConfig, str], dict[str, Any]]
     links: Callable[[ModelConfig, str], list[Link]]
@@ -56,8 +62,8 @@ class Family:
 
     def write(self, model: ModelConfig, vocab_size: int) -> dict[str, Any]:
         """``config.json`` of a model; ValueError naming what this family cannot say."""
-        values = self.config(model, self.kind) | {"vocab_size": vocab_size, "model_type": self.kind}
-        values["architectures"] = [self.architecture]
+        values = {"architectures": [self.architecture]} | self.config(model, self.kind)
+        values |= {"vocab_size": vocab_size, "model_type": self.kind}
         lost = differences(model, self.read(Settings(values, "the export")))
         if lost:
             told = "; ".join(f"model.{name} = {ours!r}, where it has {theirs!r}" for name, ours, theirs in lost)
@@ -69,9 +75,9 @@ def family(kind: str) -> Family:
     """The family of a ``model_type``; ValueError for an unknown one."""
     if kind not in FAMILIES:
         raise ValueError(f"model_type = {kind!r} is unknown to megapre, which reads and writes {', '.join(FAMILIES)}.")
-    name, architecture = FAMILIES[kind]
-    module = import_module(name)
-    return Family(kind, architecture, module.IGNORED, module.PREFIX, module.model, module.config, module.links)
+    name, architecture, prefix = FAMILIES[kind]
+    m = import_module(name)
+    return Family(kind, architecture, m.IGNORED, m.COPIES, prefix, m.model, m.config, m.links)
 
 
 def family_of(model: ModelConfig, vocab_size: int) -> Family:

@@ -11,7 +11,8 @@ from megapre.hub.settings import Settings
 ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu"}
 IGNORED = (r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",)
 """Causal masks that older releases have saved."""
-PREFIX = "transformer."
+COPIES = {"lm_head.weight": "transformer.wte.weight"}
+"""Tensors that some files hold twice where embeddings are tied."""
 
 
 def model(s: Settings) -> dict[str, Any]:

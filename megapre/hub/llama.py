@@ -12,7 +12,8 @@ ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
 PARTS = (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("output", "o_proj"))
 IGNORED = (r".*\.rotary_emb\.inv_freq",)
 """Tensors that follow from the settings."""
-PREFIX = "model."
+COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
+"""Tensors that some files hold twice where embeddings are tied."""
 
 
 def model(s: Settings) -> dict[str, Any]:

@@ -65,15 +65,16 @@ class Import:
 
     def _names(self) -> dict[str, str]:
         """Name as the family has it -> name in the files, which may lack the prefix."""
-        prefix = self.family.prefix
-        held = [n for n in self.folder.shapes if not any(re.fullmatch(p, n) for p in self.family.ignored)]
+        prefix, held = self.family.prefix, list(self.folder.shapes)
         bare = not any(name.startswith(prefix) for name in held)
         wanted = {link.theirs for link in self.links.values()}
-        return {prefix + name if bare and name not in wanted else name: name for name in held}
+        full = {prefix + name if bare and name not in wanted else name: name for name in held}
+        dropped = {n for n in full if any(re.fullmatch(pattern, n) for pattern in self.family.ignored)} - wanted
+        return {name: held for name, held in full.items() if name not in dropped}
 
     def _check(self) -> None:
         wanted = their_shapes(self.links.values(), self.shapes)
-        extra = sorted(self.names.keys() - wanted.keys() - self._tied_copies())
+        extra = sorted(self.names.keys() - wanted.keys() - self._copies())
         missing = sorted(wanted.keys() - self.names.keys())
         wrong = [
             f"{name} {list(self.folder.shapes[self.names[name]])} instead of {list(shape)}"
@@ -85,16 +86,16 @@ class Import:
             faults = "; ".join(f"{what} {_some(names)}" for what, names in told.items() if names)
             raise ValueError(f"{self.folder.path} is no {self.family.kind} model of its config.json: it {faults}.")
 
-    def _tied_copies(self) -> set[str]:
-        """Output layers that are saved beside the embedding with which they are tied; ValueError when they differ."""
-        if not self.model.tied_embeddings or "lm_head.weight" not in self.names:
-            return set()
-        embedding = self.folder.read(self.names[self.links["embedding.tokens.weight"].theirs], (), ())
-        if not embedding.equal(self.folder.read("lm_head.weight", (), ())):
-            raise ValueError(
-                f"{self.folder.path} says tie_word_embeddings = true, but its lm_head.weight is not its embedding."
-            )
-        return {"lm_head.weight"}
+    def _copies(self) -> set[str]:
+        """Tensors that the files hold although tying makes them another's; ValueError where they differ from it."""
+        wanted = {link.theirs for link in self.links.values()}
+        found = {name for name in self.family.copies if name in self.names and name not in wanted}
+        for name in sorted(found):
+            original = self.family.copies[name]
+            one, other = (self.folder.read(self.names.get(n, n), (), ()) for n in (name, original))
+            if not one.equal(other):
+                raise ValueError(f"{self.folder.path} ties {name} to {original} in its config.json, but they differ.")
+        return found
 
 
 def _some(names: list[str]) -> str:

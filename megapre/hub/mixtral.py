@@ -9,7 +9,7 @@ from megapre.hub import llama
 from megapre.hub.link import Link, matrices
 from megapre.hub.settings import Settings
 
-IGNORED, PREFIX = llama.IGNORED, llama.PREFIX
+IGNORED, COPIES = llama.IGNORED, llama.COPIES
 NAMES = {
     "mixtral": ("block_sparse_moe.gate", "block_sparse_moe.experts", {"gate": "w1", "up": "w3", "down": "w2"}),
     "qwen3_moe": ("mlp.gate", "mlp.experts", {part: f"{part}_proj" for part in ("gate", "up", "down")}),

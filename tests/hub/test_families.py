@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megapre.checkpoint import store
 from megapre.config.check import check
-from megapre.config.schema import Config, ParallelConfig, PrecisionConfig, TrainConfig
+from megapre.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, TrainConfig
 from megapre.data.loader import Counts, Microbatch
 from megapre.hub.export import export
 from megapre.hub.families import FAMILIES, differences
@@ -51,6 +51,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("gpt2", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": LENGTH}),
 }
+ENCODER = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40,
+    "max_position_embeddings": LENGTH, "pad_token_id": 0,
+}  # fmt: skip
+MODELS |= {
+    "bert": ("bert", ENCODER),
+    "bert-pairs": ("bert", {**ENCODER, "architectures": ["BertForPreTraining"], "hidden_act": "gelu_new"}),
+    "bert-bare": ("bert", {**ENCODER, "architectures": ["BertModel"]}),
+    "roberta": ("roberta", {**ENCODER, "max_position_embeddings": LENGTH + 2, "pad_token_id": 1, "type_vocab_size": 1}),
+    "electra": ("electra", {**ENCODER, "embedding_size": 16}),
+    "albert": ("albert", {**ENCODER, "embedding_size": 16}),
+    "albert-pairs": ("albert", {**ENCODER, "embedding_size": 16, "architectures": ["AlbertForPreTraining"]}),
+}
 LAYOUTS = ["1x1x1", "2x2x1+sp"]
 
 
@@ -59,7 +72,8 @@ def theirs(name: str, folder: Path) -> Any:
     kind, settings = MODELS[name]
     made = transformers.AutoConfig.for_model(kind, **settings)
     torch.manual_seed(sum(map(ord, name)))
-    model = getattr(transformers, FAMILIES[kind][1])._from_config(made, attn_implementation="eager").eval()
+    made._attn_implementation = "eager"
+    model = getattr(transformers, settings.get("architectures", FAMILIES[kind][1:])[0])(made).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
@@ -78,11 +92,34 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Pa
     return found
 
 
-def microbatch() -> Microbatch:
+def microbatch(model: ModelConfig) -> Microbatch:
     generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(VOCAB, (LENGTH + 1, BATCH), generator=generator)
+    tokens = torch.randint(2, VOCAB, (LENGTH + 1, BATCH), generator=generator)  # padding (0, 1) has no gradient there
     positions = torch.arange(LENGTH).unsqueeze(1).expand(LENGTH, BATCH).contiguous()
-    return Microbatch(tokens[:-1], tokens[1:], torch.ones(LENGTH, BATCH), positions, None, torch.arange(BATCH))
+    m = Microbatch(tokens[:-1], tokens[1:], torch.ones(LENGTH, BATCH), positions, None, torch.arange(BATCH))
+    if model.token_types > 1:
+        m.token_types = (positions > 4).long()
+    if model.sentence_classes:
+        m.labels, m.label_weights = torch.tensor([0, 1, 1]), torch.ones(BATCH)
+    return m
+
+
+def their_outputs(model: Any, m: Microbatch) -> tuple[Tensor, Tensor | None]:
+    """Logits of tokens [batch, seq, vocabulary] and of sentences."""
+    if m.token_types is not None:
+        out = model(input_ids=m.tokens.T, token_type_ids=m.token_types.T)
+    elif getattr(model.config, "type_vocab_size", 0):
+        out = model(input_ids=m.tokens.T)
+    else:
+        out = model(input_ids=m.tokens.T, use_cache=False)
+    if "last_hidden_state" in out:
+        return out.last_hidden_state @ model.get_input_embeddings().weight.T, None
+    sentence = out.get("seq_relationship_logits", out.get("sop_logits"))
+    return out.get("logits", out.get("prediction_logits")), sentence
+
+
+def counts(m: Microbatch) -> Counts:
+    return Counts(LENGTH * BATCH, BATCH if m.labels is not None else 0, LENGTH * BATCH)
 
 
 def job(folder: Path, layout: str, dtype: str = "fp32") -> Config:
@@ -90,7 +127,12 @@ def job(folder: Path, layout: str, dtype: str = "fp32") -> Config:
     cell = parse(layout)
     model = replace(Import(folder).model, dropout=0.0, attention_dropout=0.0)
     train = TrainConfig(global_batch=BATCH, microbatch=BATCH)
-    config = Config(model=model, train=train, precision=PrecisionConfig(dtype=dtype), parallel=ParallelConfig(data=1))
+    data = DataConfig(objective="masked" if model.architecture == "encoder" else "causal")
+    if model.sentence_classes:
+        data = replace(data, objective="next_sentence" if model.embedding_size == 0 else "sentence_order")
+    config = Config(
+        model=model, data=data, train=train, precision=PrecisionConfig(dtype=dtype), parallel=ParallelConfig(data=1)
+    )
     return check(cell.apply(config), cell.world)
 
 
@@ -111,13 +153,13 @@ def run_one(
         logits.append(output(x))
         return x.new_zeros(())
 
-    step, m = engine.step, microbatch()
-    contexts = step._contexts([m], Counts(LENGTH * BATCH), 0, False, training=False)
+    step, m = engine.step, microbatch(config.model)
+    contexts = step._contexts([m], counts(m), 0, False, training=False)
     for context in contexts:
         context.loss = keep
     with torch.no_grad():
         step.executor.run(step._plan(1, False), contexts, step._carried([m]), step.flat)
-    loss, _ = step.compute_gradients([m], Counts(LENGTH * BATCH), 0)
+    loss, _ = step.compute_gradients([m], counts(m), 0)
     gradients = {}
     for bucket, shard in zip(step.flat.layout.buckets, step.flat.gradients.shards):
         for slot in bucket.slots:
@@ -136,7 +178,7 @@ def gradient_in_their_module(gradients: dict[str, Tensor], name: str) -> Tensor:
         r"(model\.layers\.\d+)\.(?:block_sparse_moe|mlp)\.(?:experts\.(\d+)\.(\w+)|(gate))\.weight", name
     )
     if found is None:
-        return gradients[name]
+        return gradients[name] if name in gradients else gradients[name.partition(".")[2]]  # a bare model has no prefix
     block, expert, part, router = found.groups()
     if router:
         return gradients[f"{block}.mlp.gate.weight"]
@@ -152,10 +194,12 @@ def test_logits_and_gradients_are_theirs(name: str, layout: str, folders: dict[s
     model, folder = folders[name]
     config = job(folder, layout)
     ranks = threads.run(config, parse(layout).world, run_one, config, folder)
-    m = microbatch()
+    m = microbatch(config.model)
     model.zero_grad()
-    logits = model(input_ids=m.tokens.T, use_cache=False).logits
+    logits, sentences = their_outputs(model, m)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), m.targets.T.flatten())
+    if sentences is not None:
+        loss = loss + torch.nn.functional.cross_entropy(sentences, m.labels)
     loss.backward()
     parts = [part for part, _, _ in ranks if part is not None]
     ours = torch.cat(parts, -1)[..., :VOCAB].transpose(0, 1)
@@ -199,12 +243,17 @@ def test_exports_are_bitwise_the_import_and_open_there(
     kind = MODELS[name][0]
     assert export(checkpoint, out, config, VOCAB, kind=kind, shard_bytes=20_000).kind == kind
     assert len(list(out.glob("*.safetensors"))) > 1
+    links = Import(folder)
     before, after = ({n: t for f in p.glob("*.safetensors") for n, t in load_file(f).items()} for p in (folder, out))
+    before = {full: before[held] for full, held in links.names.items()}  # as a model with heads is saved
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[n], after[n]) for n in before)
-    opened = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
-    m = microbatch()
+    for link in links.links.values():  # rows of position embeddings that nothing reads are not ours
+        offset, size = link.box(links.shapes[link.ours])
+        window = tuple(map(slice, offset, ends(offset, size)))
+        assert torch.equal(before[link.theirs][window], after[link.theirs][window]), link.theirs
+    opened = type(model).from_pretrained(out, attn_implementation="eager").eval()
+    m = microbatch(config.model)
     with torch.no_grad():
-        pair = [one(input_ids=m.tokens.T, use_cache=False).logits for one in (model, opened)]
+        pair = [their_outputs(one, m)[0] for one in (model, opened)]
     torch.testing.assert_close(pair[0], pair[1], rtol=0, atol=1e-6)
     assert not differences(Import(out).model, Import(folder).model)

@@ -61,7 +61,7 @@ CHANGES = [
     (drop, r"it lacks model\.layers\.1\.mlp\.up_proj\.weight, model\.norm\.weight\.$"),
     (add, r"it also has model\.layers\.2\.mlp\.up_proj\.weight\.$"),
     (reshape, r"it has mis-shaped model\.layers\.0\.self_attn\.k_proj\.weight \[32, 32\] instead of \[16, 32\]\.$"),
-    (untie, r"says tie_word_embeddings = true, but its lm_head\.weight is not its embedding"),
+    (untie, r"ties lm_head\.weight to model\.embed_tokens\.weight in its config\.json, but they differ"),
     (
         lambda c, t: c.update(logit_scale=2.0),
         r"settings that megapre does not know and will not ignore: logit_scale = 2\.0",
