@@ -62,19 +62,21 @@ def items(dataset: IndexedDataset, low: int, high: int, capacity: int) -> tuple[
 def sentence_rows(dataset: IndexedDataset, low: int, high: int, capacity: int) -> tuple[np.ndarray, ...]:
     """First token, length and row of the sentences of documents [low, high) that stand in rows.
 
-    A sentence is cut at half of ``capacity``, so that any two fit. A last sentence that would be alone in its row takes
-    one from the row before; a document of one sentence has no row.
+    A sentence above half of ``capacity`` is cut into parts of that length, so that any two fit. A last one that would
+    be alone in its row takes one from the row before; a document of one sentence has no row.
     """
     bounds, half = dataset.document_bounds[low : high + 1].tolist(), capacity // 2
     starts, lengths, rows, count = [], [], [], 0
     for first, last in pairwise(bounds):
-        sizes = np.minimum(dataset.sequence_lengths[first:last], half).tolist()
-        sentences = [first + i for i, size in enumerate(sizes) if size]
-        for row in _consecutive([size for size in sizes if size], capacity):
-            for i in row:
-                starts.append(dataset.sequence_start(sentences[i]))
-                lengths.append(min(int(dataset.sequence_lengths[sentences[i]]), half))
-                rows.append(count)
+        sizes = dataset.sequence_lengths[first:last].tolist()
+        begins = [dataset.sequence_start(sequence) for sequence in range(first, last)]
+        parts = [
+            (begin + at, min(half, size - at)) for begin, size in zip(begins, sizes) for at in range(0, size, half)
+        ]
+        for row in _consecutive([size for _, size in parts], capacity):
+            starts += [parts[i][0] for i in row]
+            lengths += [parts[i][1] for i in row]
+            rows += [count] * len(row)
             count += 1
     return np.array(starts, np.int64), np.array(lengths, np.int64), np.array(rows, np.int64)
 

@@ -17,7 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -194,26 +194,27 @@ def fake_grid(config: Config, rank: int) -> Iterator[tuple[Grid, int]]:
 
 
 def _microbatches(config: Config) -> list[Microbatch]:
-    """This rank's part of a global batch, in shapes only."""
-    train, length = config.train, config.model.sequence
-    shape = (length, train.microbatch)
+    """This rank's part of a global batch, in shapes only: with all that the job's objective makes."""
+    train, model, data = config.train, config.model, config.data
+    length, batch, pairs = model.sequence, train.microbatch, config.model.sentence_classes > 0
 
-    def ids() -> Tensor:
+    def ids(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64)
 
-    segments = config.data.reset_attention
-    source = None
-    if config.model.source_sequence:
-        source = torch.zeros((config.model.source_sequence, train.microbatch), dtype=torch.int64)
-    return [
-        Microbatch(
-            ids(), ids(), torch.ones(shape), ids(), ids() if segments else None,
-            torch.zeros(train.microbatch, dtype=torch.int64),
-            prefix=torch.ones(train.microbatch, dtype=torch.int64) if config.data.objective == "prefix" else None,
-            source=source,
-        )
-        for _ in range(train.global_batch // (train.microbatch * config.parallel.data))
-    ]  # fmt: skip
+    made: dict[str, Tensor] = {}
+    if data.reset_attention or pairs:
+        made["segments"] = ids(length, batch)
+    if model.source_sequence:
+        made["source"] = ids(model.source_sequence, batch)
+    if data.objective == "prefix":
+        made["prefix"] = ids(batch)
+    if pairs:
+        made |= {"token_types": ids(length, batch), "labels": ids(batch), "label_weights": torch.ones(batch)}
+    one = Microbatch(
+        tokens=ids(length, batch), targets=ids(length, batch), weights=torch.ones(length, batch),
+        positions=ids(length, batch), segments=made.pop("segments", None), samples=ids(batch), **made,
+    )  # fmt: skip
+    return [replace(one) for _ in range(train.global_batch // (batch * config.parallel.data))]
 
 
 def main(config: Config, rank: int, as_json: bool) -> int:

@@ -36,14 +36,16 @@ ARCHITECTURE = {
 }  # fmt: skip
 
 
-def write(prefix: Path, documents: int = 40, sentences: int = 7, seed: int = 0, **changes: Any) -> str:
+def write(
+    prefix: Path, documents: int = 40, sentences: int = 7, seed: int = 0, longest: int = 11, **changes: Any
+) -> str:
     """Documents of sentences; every token of document d is 10 + d, but for its end."""
     rng = np.random.default_rng(seed)
     known = dict(mask=399, specials=SPECIALS, sentinels=list(range(389, 369, -1)), words=word_bits([b"a"] * VOCAB))
     tokenizer = TokenizerRecord("NullTokenizer", "0" * 64, VOCAB, EOD, eod_appended=True, **{**known, **changes})
     with IndexedWriter(str(prefix), "<u2", tokenizer) as writer:
         for document in range(documents):
-            lengths = rng.integers(2, 12, sentences)
+            lengths = rng.integers(2, longest + 1, sentences)
             ids = np.full(lengths.sum(), 10 + document)
             ids[-1] = EOD
             writer.add_document(ids, lengths.tolist())
@@ -138,8 +140,7 @@ def test_the_random_text_is_of_another_document(pair: str) -> None:
 
 
 def test_rows_of_sentences_are_consecutive_and_cover_the_documents(tmp_path: Path) -> None:
-    prefix = write(tmp_path / "a", documents=30, sentences=9)
-    dataset = IndexedDataset(prefix)
+    prefix = write(tmp_path / "a", documents=30, sentences=9, longest=40)
     plan(prefix, 32, SPLIT, sentences=True)
     dataset = IndexedDataset(prefix)
     for split, (low, high) in enumerate(((0, 21), (21, 30))):
@@ -151,7 +152,7 @@ def test_rows_of_sentences_are_consecutive_and_cover_the_documents(tmp_path: Pat
             assert all(a[1] == b[0] for a, b in pairwise(row))
             assert low <= dataset.document_at(row[0][0])[0] < high
             seen += sum(stop - start for start, stop in row)
-        assert seen > 0.9 * (dataset.document_start(high) - dataset.document_start(low))
+        assert seen > 0.97 * (dataset.document_start(high) - dataset.document_start(low))
 
 
 def test_validation_counts_every_label_once(pair: str) -> None:

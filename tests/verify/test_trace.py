@@ -31,7 +31,12 @@ BART = Config(
     model=ModelConfig(heads=4, architecture="encoder_decoder", encoder_layers=3, source_sequence=20),
     data=DataConfig(objective="denoising"),
 )
-JOBS = {"llama": LLAMA, "gpt": GPT, "bart": BART}
+ALBERT = Config(
+    model=ModelConfig(heads=4, architecture="encoder", token_types=2, sentence_classes=2),
+    data=DataConfig(objective="sentence_order"),
+)
+PREFIX = replace(GPT, data=DataConfig(objective="prefix"))
+JOBS = {"llama": LLAMA, "gpt": GPT, "bart": BART, "albert": ALBERT, "prefix": PREFIX}
 
 
 def real(ranks: Ranks, config: Config, vocab_size: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
@@ -46,7 +51,7 @@ def real(ranks: Ranks, config: Config, vocab_size: int) -> tuple[dict[str, int],
     ("job", "layout"),
     [
         ("gpt", "1x1x1"), ("llama", "2x1x1+sp"), ("gpt", "1x2x2"), ("llama", "1x2x1+zb-v:2"),
-        ("llama", "1x1x1+ring:2"), ("bart", "1x2x1"),
+        ("llama", "1x1x1+ring:2"), ("bart", "1x2x1"), ("albert", "2x1x1"), ("prefix", "1x1x2"),
     ],
 )  # fmt: skip
 def test_a_real_step_holds_and_sends_what_trace_says(job: str, layout: str, pool: RankPool) -> None:
