@@ -63,7 +63,7 @@ class Case:
             self.restore()
             results = [x.detach().double() for x in function()]
             assert len(results) == len(exact)
-            pairs = [(a, b.detach()) for a, b in zip(results, exact)]
+            pairs = [(a, b.detach().double()) for a, b in zip(results, exact)]
             found[arm] = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
         self.restore()
         return found
