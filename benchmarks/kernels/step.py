@@ -1,6 +1,6 @@
 """The time of a training step with this tree's kernels, as a ratio to another tree's or to torch's ops.
 
-    python benchmarks/kernels/step.py [--before TREE] [--jobs J1 J2] [--dtype bf16] [--rounds 5]
+    python benchmarks/kernels/step.py [--before TREE] [--jobs J1 J2] [--dtype bf16] [--rounds 5] [--shares]
 
 J1 is GPT-2-like (6 layers of 384, sequences of 256, 16 of them, vocabulary 50304), J2 Llama-like (8 layers of 512,
 sequences of 1024, 2 microbatches of 4, vocabulary 32000). Each arm is a process that builds the engine of ``megapre
@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,13 +42,13 @@ PLAIN = dict(
 """torch's own ops where it has one; ops of a key without a version of that name are left to auto."""
 
 
-def arm(name: str, dtype: str, plain: bool) -> None:
-    """A step for every line on stdin; answers with wall and CPU seconds, the loss and the peak of memory in MiB."""
+def stepper(name: str, dtype: str, plain: bool) -> Callable[[int], float]:
+    """The engine's step on one fixed batch: number of the step -> its loss."""
     import torch
 
     from megapre.config.check import check
     from megapre.config.load import from_dict
-    from megapre.data.loader import Counts, Microbatch
+    from megapre.data import loader
     from megapre.parallel.grid import single
     from megapre.training.engine import build
 
@@ -63,14 +64,40 @@ def arm(name: str, dtype: str, plain: bool) -> None:
         tokens, targets = (torch.randint(model.vocab_size, shape, generator=generator) for _ in range(2))
         positions = torch.arange(model.sequence).unsqueeze(1).expand(shape).contiguous()
         samples = torch.arange(first, first + train.microbatch)
-        batch.append(Microbatch(tokens, targets, torch.ones(shape), positions, None, samples))
+        batch.append(loader.Microbatch(tokens, targets, torch.ones(shape), positions, None, samples))
     count = model.sequence * train.global_batch
+    if hasattr(loader, "Counts"):  # an earlier tree takes the number
+        count = loader.Counts(count)
+    return lambda step: float(engine.step(batch, count, step, 1e-3).loss)
+
+
+def arm(name: str, dtype: str, plain: bool) -> None:
+    """A step for every line on stdin; answers with wall and CPU seconds, the loss and the peak of memory in MiB."""
+    run = stepper(name, dtype, plain)
     for step, _ in enumerate(sys.stdin):
         wall, cpu = time.perf_counter(), time.process_time()
-        loss = float(engine.step(batch, Counts(count), step, 1e-3).loss)
+        loss = run(step)
         used = time.perf_counter() - wall, time.process_time() - cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps([*used, loss, peak]), flush=True)
+
+
+def shares(name: str, dtype: str) -> str:
+    """Where a step's time goes: each op's own share, by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run = stepper(name, dtype, False)
+    for step in range(2):
+        run(step)
+    start = time.process_time()
+    run(2)
+    cpu = time.process_time() - start
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        run(3)
+    rows = sorted(seen.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    whole = sum(row.self_cpu_time_total for row in rows)
+    told = [f"{row.key} {100 * row.self_cpu_time_total / whole:.1f}%" for row in rows[:14]]
+    return f"{name} {dtype}: {cpu:.2f} CPU-s a step. " + ", ".join(told) + "."
 
 
 def start(tree: Path, name: str, dtype: str, plain: bool) -> subprocess.Popen[str]:
@@ -123,11 +150,16 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="*", default=list(TABLES), choices=list(TABLES))
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shares", action="store_true", help="print where a step's time goes instead")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
         arm(args.arm, args.dtype, args.plain)
+        return
+    if args.shares:
+        for name in args.jobs:
+            print(shares(name, args.dtype), flush=True)
         return
     print("| job | CPU-s a step, this tree / the other | ratio of CPU-s | ratio of wall time | peak RSS, MiB |")
     print("|---|---|---|---|---|", flush=True)
