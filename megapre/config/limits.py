@@ -59,7 +59,7 @@ CHOICES = {
     "kernels.cross_entropy": ("auto", "cpp", "torch", "reference", "triton", "cuda"),
     "kernels.dropout": ("auto", "cpp", "reference", "triton", "cuda"),
     "kernels.linear": ("auto", "cpp", "reference"),
-    "kernels.moe": ("auto", "reference"),
+    "kernels.moe": ("auto", "cpp", "reference", "triton"),
     "kernels.optimizer": ("auto", "cpp", "torch", "reference", "triton", "cuda", "apex"),
 }
 
