@@ -40,7 +40,7 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def gemms(dtype: torch.dtype) -> Callable[[], Any]:
+def gemms(kernels: Kernels, dtype: torch.dtype) -> Callable[[], Any]:
     """Forward and both backward products of every size, as linear layers run them."""
     made = []
     for inputs, outputs in SIZES:
@@ -51,7 +51,7 @@ def gemms(dtype: torch.dtype) -> Callable[[], Any]:
         for x, w, dy, main in made:
             F.linear(x, w)
             dy @ w
-            main.add_(dy.t() @ x)
+            kernels.weight_gradient_(main, dy, x)
 
     return run
 
@@ -102,7 +102,7 @@ def time_kernels(ranks: Ranks, dtypes: Sequence[str] = tuple(DTYPES), rounds: in
     for name in dtypes:
         dtype = DTYPES[name]
         kernels = choose(KernelsConfig(), torch.device("cpu"), dtype)
-        cases["gemm", name] = gemms(dtype)
+        cases["gemm", name] = gemms(kernels, dtype)
         cases["bytes", name] = byte_bound(kernels, dtype)
         for length in LENGTHS:
             cases["attention", name, length] = attention(kernels, dtype, length)

@@ -161,12 +161,13 @@ def sweeps(runs: Sequence[Run]) -> dict[str, dict[tuple[object, ...], list[Run]]
         )  # fmt: skip
         kind = "one node" if job.layout.ranks <= job.device.gpus_per_node else "many nodes"
         found[kind][site].append(run)
-        found["pipeline schedules"][(*site, replace(job.layout, schedule="", chunks=1))].append(run)
+        alike = replace(job.layout, schedule="", chunks=1)
+        found["pipeline schedules"][(*site, job.stack, alike)].append(run)
     least = {"pipeline schedules": 2}
     return {
         kind: {site: group for site, group in groups.items() if len({run.job for run in group}) >= least.get(kind, 3)}
         for kind, groups in found.items()
-    }
+    }  # runs of one stack, layout and batch that are different jobs differ in their schedule
 
 
 def print_ranking(runs: Sequence[Run], ours: Errors) -> None:

@@ -6,9 +6,12 @@ A megapre job becomes one through `from_config`, the only place that reads a `Co
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
-from megapre.config.schema import Config
+from megapre.config.check import ConfigError
+from megapre.config.schema import Config, ModelConfig
+from megapre.models import spec
 from megapre.planner.hardware import Device
 
 
@@ -265,6 +268,25 @@ def shape_of(config: Config, vocab: int) -> Shape:
         shared_ffn=model.shared_experts * model.n_expert_hidden if model.experts else 0,
         # Only their number counts: with moe_every above 1 the dense blocks are taken to come first.
         dense_layers=sum(not model.has_experts(layer) for layer in range(1, model.layers + 1)) if model.experts else 0,
+    )
+
+
+UNCOUNTED = 0.01
+"""Share of a model's elements that may belong to tensors that no prediction counts, such as small tables."""
+
+
+def refuse_what_is_not_counted(config: Config, vocab: int) -> None:
+    """Raise `ConfigError` for a model whose tensors are not those that a `Shape` has: nothing is silently left out."""
+    wanted = sum(math.prod(tensor.shape) for tensor in spec.tensors(config.model, vocab))
+    counted = shape_of(config, vocab).parameters()
+    if abs(counted / wanted - 1) <= UNCOUNTED:
+        return
+    plain = ModelConfig()
+    known = ("share_layers", "embedding_size", "token_types", "mlm_transform", "sentence_classes", "embedding_norm")
+    named = [f"model.{name}" for name in known if getattr(config.model, name) != getattr(plain, name)]
+    raise ConfigError(
+        f"plan counts {counted:,} weights of this model's {wanted:,}, so its figures would be wrong: "
+        + (f"it does not know {' and '.join(named)}" if named else "it does not know this kind of model")
     )
 
 

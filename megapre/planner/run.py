@@ -17,7 +17,7 @@ from megapre.config.schema import Config
 from megapre.planner import constants as fitted
 from megapre.planner import hardware, page, scaling
 from megapre.planner.explain import Assumption, Bill, assumptions, bill, bound, further_assumptions
-from megapre.planner.job import Job, from_config, shape_of
+from megapre.planner.job import Job, from_config, refuse_what_is_not_counted, shape_of
 from megapre.planner.memory import GIB, KINDS, Memory, ends, memory
 from megapre.planner.search import Candidate, Found, refusal, search
 from megapre.planner.timing import Time, predict
@@ -60,6 +60,7 @@ def main(job: str, overrides: Sequence[str], request: Request) -> int:
             f"plan knows decoders and encoders, not model.architecture = '{config.model.architecture}': megapre "
             f"trace has its memory and traffic"
         )
+    refuse_what_is_not_counted(config, vocab)
     console, constants = Console(), fitted.load()
     console.width = max(console.width, WIDTH)
     found: Found | None = None
