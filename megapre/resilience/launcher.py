@@ -26,6 +26,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megapre.resilience import environment, worker
+from megapre.resilience.output import Outputs
 from megapre.resilience.peers import Peers
 from megapre.resilience.pulse import ATTEMPTS, VARIABLE, PulseFile
 from megapre.resilience.ranks import LOOPBACK
@@ -65,7 +66,8 @@ def launch(
     rendezvous, for ``nnodes`` > 1. The fork server imports the modules ``preload`` for all ranks; none may
     start a thread or touch a GPU. A crash is restarted, on one host up to ``max_restarts`` times in a row from the
     same step (``Pulse.resumed``), over nodes so often in all, and gives 1 then. With a ``heartbeat``, in seconds, a
-    rank that hangs is ended as by a crash (`hang`); ``timeout`` bounds its start. Failures go to ``log/events.jsonl``.
+    rank that hangs is ended as by a crash (`hang`); ``timeout`` bounds its start. Failures go to ``log/events.jsonl``,
+    what the ranks print to ``log/node_N.log`` too.
     With a ``secret`` as well, shared by all nodes, the nodes listen to each other (`peers`), and a cut link ends the
     attempt likewise.
     ``stop`` took the stop signals until now: one that it holds is passed on to the ranks.
@@ -90,12 +92,18 @@ def launch(
     try:
         _start_fork_server(preload)
         peers = _listen(node_rank, nnodes, address, port, secret, heartbeat) if nnodes > 1 and secret else None
-        watch = Watch(board, node_rank * local_world, heartbeat=heartbeat, starting=timeout, log=log, peers=peers)
+        outputs = Outputs(folder, local_world, log / f"node_{node_rank}.log" if log else None)
+        outputs.start()
+        watch = Watch(
+            board, node_rank * local_world,
+            heartbeat=heartbeat, starting=timeout, log=log, peers=peers, outputs=outputs,
+        )  # fmt: skip
         watch.start()
         try:
             return _supervise(target, argv, board, local_world, nnodes, node_rank, address, port, max_restarts)
         finally:
             watch.finish()
+            outputs.finish()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from pathlib import Path
 
 from megapre.resilience.hang import Silence, culprit
+from megapre.resilience.output import Outputs
 from megapre.resilience.peers import Peers
 from megapre.resilience.pulse import PulseFile
 from megapre.resilience.worker import Board
@@ -37,13 +39,14 @@ class Watch(threading.Thread):
         starting: float = 600.0,
         log: Path | None = None,
         peers: Peers | None = None,
+        outputs: Outputs | None = None,
     ) -> None:
         """``heartbeat`` is the least silence in seconds that makes a rank suspect, 0 for none; ``log`` a folder."""
         super().__init__(name="rank-watch", daemon=True)
         self._board = board
         self._first_rank = first_rank
         self._heartbeat, self._starting, self._log = heartbeat, starting, log
-        self._peers = peers
+        self._peers, self._outputs = peers, outputs
         self._pulse = PulseFile(board.pulse)
         self._silence = [Silence() for _ in board.pids]
         self._asked = 0.0
@@ -94,11 +97,14 @@ class Watch(threading.Thread):
             send(pid, signal.SIGKILL)
 
     def _event(self, event: str, **fields: object) -> None:
-        """A line of ``events.jsonl``, with the last operations of each rank of this host."""
+        """A line of ``events.jsonl``, with the last operations and lines of each rank of this host."""
         if self._log is None:
             return
-        flight = {str(self._first_rank + slot): self._pulse.flight(slot) for slot in range(len(self._silence))}
-        line = json.dumps({"time": time.time(), "event": event, **fields, "flight": flight})
+        slots = {str(self._first_rank + slot): slot for slot in range(len(self._silence))}
+        flight = {rank: self._pulse.flight(slot) for rank, slot in slots.items()}
+        tails = {rank: self._outputs.tail(slot) for rank, slot in slots.items()} if self._outputs else {}
+        about = {"time": time.time(), "host": socket.gethostname(), "event": event}
+        line = json.dumps({**about, **fields, "flight": flight, "tails": tails})
         try:
             self._log.mkdir(parents=True, exist_ok=True)
             with open(self._log / "events.jsonl", "a") as file:

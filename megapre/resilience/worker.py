@@ -18,6 +18,7 @@ from typing import Any
 
 import megapre
 from megapre.config.check import ConfigError
+from megapre.resilience.output import redirect
 from megapre.resilience.pulse import PulseFile
 
 DONE, FAILED, BAD_JOB, STOPPED = 0, 1, 2, 75
@@ -86,6 +87,7 @@ def run(target: Callable[[list[str]], int], argv: list[str], board: Board) -> in
     """
     rank, slot = os.environ["RANK"], int(os.environ["LOCAL_RANK"])
     _die_with_supervisor()
+    redirect(board.folder, slot)
     board.returned[slot] = 0
     pulse = PulseFile(board.pulse)
     pulse.clear(slot)

@@ -38,6 +38,13 @@ def rank_main(argv: list[str]) -> int:
     mode = argv[0]
     if mode == "return":
         return int(argv[1])
+    if mode == "speak":
+        # Native code that writes and dies; Python's buffer is not flushed by it.
+        os.write(2, f"last words of rank {ranks.rank}\n".encode() + b"half a line" * (ranks.rank == 0))
+        dist.barrier()
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(30)
     if mode == "all-raise":
         torch.zeros(1).view(7)
     if mode == "refuse-one" and ranks.rank == 1:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -50,6 +52,19 @@ def test_a_rank_that_hangs_is_named_and_all_start_again(how: str, start: Start, 
     events = [json.loads(line) for line in (watched / "events.jsonl").read_text().splitlines()]
     assert [(event["event"], event["rank"]) for event in events] == [("hang", 1)]
     assert len(events[0]["flight"]["0"]) > 10 and events[0]["flight"]["0"][-1].endswith("world all_reduce 4")
+
+
+def test_a_nodes_log_holds_all_and_the_event_log_the_ends_of_each_rank(start: Start, watched: Path) -> None:
+    job = start(3, "speak")
+    assert job.code() == 1, job.text()
+    log, said = (watched / "node_0.log").read_text(), job.text()
+    for rank in range(3):
+        assert log.count(f"last words of rank {rank}\n") == said.count(f"last words of rank {rank}\n") == 3
+        assert len(re.findall(rf"^up rank={rank} pid=\d+ ", log, re.MULTILINE)) == 3
+    assert said.count("half a line") == 3
+    event = json.loads((watched / "events.jsonl").read_text().splitlines()[0])
+    assert event["event"] == "killed" and event["rank"] == 1 and event["host"] == socket.gethostname()
+    assert event["tails"]["1"][-1] == "last words of rank 1" and event["tails"]["0"][-1] == "last words of rank 0"
 
 
 def test_a_rank_that_is_ten_times_slower_lives(start: Start, watched: Path) -> None:
