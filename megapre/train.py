@@ -26,6 +26,7 @@ from megapre.resilience.connect import connected, placement
 from megapre.resilience.flight import recorded
 from megapre.resilience.guard import Guard
 from megapre.resilience.lock import run_lock
+from megapre.resilience.memory import snapshot_on_exhaustion
 from megapre.resilience.pace import Pace, Waits
 from megapre.resilience.pulse import Pulse
 from megapre.resilience.ranks import Ranks
@@ -75,7 +76,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
             state,
         )
         try:
-            return trainer.run()
+            with snapshot_on_exhaustion(run_dir / "log", grid.world.rank):
+                return trainer.run()
         finally:
             if streamed := trainer.loader.report():
                 monitor.text(streamed)
