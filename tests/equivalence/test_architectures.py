@@ -76,8 +76,8 @@ KERNELS = ("qwen3", "mistral", "gpt-1", "bloom", "t5", "bert")
 
 
 def allowed(name: str) -> list[str]:
-    """Four layouts for a family, its turn in the list; all that a family does not allow are passed over."""
-    start = list(FAMILIES).index(name)
+    """Four layouts for a family, from a place that its name says on; what it does not allow is passed over."""
+    start = sum(map(ord, name))
     ring = [*LAYOUTS[start % len(LAYOUTS) :], *LAYOUTS[: start % len(LAYOUTS)]]
     kept = []
     for layout in ring:

@@ -26,6 +26,7 @@ import pytest
 import torch
 
 from tests.museum.architectures import ARCHITECTURE_MUTANTS
+from tests.museum.blocks import BLOCK_MUTANTS
 from tests.museum.data import DATA
 from tests.museum.experts import EXPERT_MUTANTS
 from tests.museum.kernels import KERNELS
@@ -37,7 +38,7 @@ from tests.museum.table import MUTANTS, QUICK
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("megapre", "tests", "csrc")
 SECONDS = 600
-ALL = (*MUTANTS, *ARCHITECTURE_MUTANTS, *EXPERT_MUTANTS, *OBJECTIVE_MUTANTS, *DATA, *STATE, *KERNELS)
+ALL = (*MUTANTS, *BLOCK_MUTANTS, *ARCHITECTURE_MUTANTS, *EXPERT_MUTANTS, *OBJECTIVE_MUTANTS, *DATA, *STATE, *KERNELS)
 CONTROL = Mutant(
     "control", "megapre/parallel/placement.py", "import", "import", "tests/parallel/test_layout.py", "changes nothing"
 )
