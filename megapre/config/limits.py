@@ -88,6 +88,7 @@ RANGES = {
     "model.window": NATURAL,
     "model.embedding_size": NATURAL,
     "model.embedding_scale": POSITIVE,
+    "model.output_scale": POSITIVE,
     "model.token_types": NATURAL,
     "model.sentence_classes": NATURAL,
     "model.attention_scale": NON_NEGATIVE,

@@ -77,6 +77,8 @@ class ModelConfig:
     """Factor of the attention scores; 1 in T5. 0 means 1 / sqrt(head size)."""
     tied_embeddings: bool = True
     """Whether the output layer shares the token embedding."""
+    output_scale: float = 1.0
+    """Factor of the features that the output layer reads; 1 / sqrt(hidden) in the first T5, whose embedding is tied."""
     embedding_size: int = 0
     """Width of the embeddings where it is not ``hidden``: a matrix leads from one to the other (ALBERT, ELECTRA)."""
     embedding_scale: float = 1.0

@@ -25,6 +25,8 @@ FAMILIES = MappingProxyType(
         "roberta": ("megapre.hub.bert", "RobertaForMaskedLM", "roberta."),
         "albert": ("megapre.hub.bert", "AlbertForMaskedLM", "albert."),
         "electra": ("megapre.hub.bert", "ElectraForMaskedLM", "electra."),
+        "t5": ("megapre.hub.t5", "T5ForConditionalGeneration", ""),
+        "bart": ("megapre.hub.bart", "BartForConditionalGeneration", "model."),
     }
 )
 """``model_type`` -> the module that knows it, the class of ``transformers``, and the prefix of the names of its
@@ -32,8 +34,8 @@ body, which files of the bare model lack."""
 
 FREE = frozenset(
     {
-        "sequence", "dropout", "attention_dropout", "init_std", "capacity_factor", "router_aux_loss", "router_z_loss",
-        "vocab_size",
+        "sequence", "source_sequence", "dropout", "attention_dropout", "init", "init_std", "capacity_factor",
+        "router_aux_loss", "router_z_loss", "vocab_size",
     }
 )  # fmt: skip
 """Settings that a job may choose for imported weights: how it trains, not what the weights mean."""
@@ -47,24 +49,29 @@ class Family:
     architecture: str
     ignored: tuple[str, ...]
     """Patterns of tensors that follow from the settings."""
+    zeros: tuple[str, ...]
+    """Tensors that must hold nothing but zeros."""
     copies: Mapping[str, str]
     """Tensors that some files hold twice, and what they must equal."""
     prefix: str
     model: Callable[[Settings], dict[str, Any]]
+    with_tensors: Callable[[ModelConfig, set[str]], dict[str, Any]]
+    """What only the names of the tensors tell."""
     config: Callable[[ModelConfig, str], dict[str, Any]]
     links: Callable[[ModelConfig, str], list[Link]]
 
-    def read(self, settings: Settings) -> ModelConfig:
-        """[model] of a ``config.json``; ValueError for what would be computed otherwise or is unknown."""
+    def read(self, settings: Settings, names: set[str]) -> ModelConfig:
+        """[model] of a ``config.json`` beside tensors of these ``names``; ValueError for what is not understood."""
         found = ModelConfig(**self.model(settings))
         settings.finish()
-        return found
+        return replace(found, **self.with_tensors(found, names))
 
     def write(self, model: ModelConfig, vocab_size: int) -> dict[str, Any]:
         """``config.json`` of a model; ValueError naming what this family cannot say."""
         values = {"architectures": [self.architecture]} | self.config(model, self.kind)
         values |= {"vocab_size": vocab_size, "model_type": self.kind}
-        lost = differences(model, self.read(Settings(values, "the export")))
+        names = {link.theirs for link in self.links(model, self.kind)}
+        lost = differences(model, self.read(Settings(values, "the export"), names))
         if lost:
             told = "; ".join(f"model.{name} = {ours!r}, where it has {theirs!r}" for name, ours, theirs in lost)
             raise ValueError(f"the family {self.kind!r} of Hugging Face cannot be this model: {told}.")
@@ -77,7 +84,13 @@ def family(kind: str) -> Family:
         raise ValueError(f"model_type = {kind!r} is unknown to megapre, which reads and writes {', '.join(FAMILIES)}.")
     name, architecture, prefix = FAMILIES[kind]
     m = import_module(name)
-    return Family(kind, architecture, m.IGNORED, m.COPIES, prefix, m.model, m.config, m.links)
+    with_tensors = getattr(m, "with_tensors", _nothing)
+    zeros = getattr(m, "ZEROS", ())
+    return Family(kind, architecture, m.IGNORED, zeros, m.COPIES, prefix, m.model, with_tensors, m.config, m.links)
+
+
+def _nothing(model: ModelConfig, names: set[str]) -> dict[str, Any]:
+    return {}
 
 
 def family_of(model: ModelConfig, vocab_size: int) -> Family:
@@ -98,8 +111,9 @@ def differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, Any, 
     a, b = resolved(ours), resolved(theirs)
     names = [field.name for field in fields(ModelConfig) if field.name not in FREE]
     found = [(name, getattr(a, name), getattr(b, name)) for name in names if getattr(a, name) != getattr(b, name)]
-    if "learned" in (a.positions, b.positions) and a.sequence != b.sequence:
-        found.append(("sequence", a.sequence, b.sequence))
+    for name in ("sequence", "source_sequence") if "learned" in (a.positions, b.positions) else ():
+        if getattr(a, name) != getattr(b, name):
+            found.append((name, getattr(a, name), getattr(b, name)))
     return found
 
 

@@ -28,7 +28,8 @@ class Import:
     def __init__(self, path: Path) -> None:
         self.folder = Folder(path)
         self.family: Family = family(str(self.folder.config.get("model_type")))
-        self.model: ModelConfig = self.family.read(Settings(self.folder.config, str(path / "config.json")))
+        settings = Settings(self.folder.config, str(path / "config.json"))
+        self.model: ModelConfig = self.family.read(settings, set(self.folder.shapes))
         self.shapes = {spec.name: spec.shape for spec in tensors(self.model, self.model.vocab_size)}
         self.links = {link.ours: link for link in self.family.links(self.model, self.family.kind)}
         self.names = self._names()
@@ -74,7 +75,7 @@ class Import:
 
     def _check(self) -> None:
         wanted = their_shapes(self.links.values(), self.shapes)
-        extra = sorted(self.names.keys() - wanted.keys() - self._copies())
+        extra = sorted(self.names.keys() - wanted.keys() - self._copies() - self._zeros())
         missing = sorted(wanted.keys() - self.names.keys())
         wrong = [
             f"{name} {list(self.folder.shapes[self.names[name]])} instead of {list(shape)}"
@@ -85,6 +86,14 @@ class Import:
         if missing or extra or wrong:
             faults = "; ".join(f"{what} {_some(names)}" for what, names in told.items() if names)
             raise ValueError(f"{self.folder.path} is no {self.family.kind} model of its config.json: it {faults}.")
+
+    def _zeros(self) -> set[str]:
+        """Tensors that add nothing; ValueError where they would."""
+        found = {name for name in self.family.zeros if name in self.folder.shapes}
+        for name in found:
+            if bool(self.folder.read(name, (), ()).any()):
+                raise ValueError(f"{self.folder.path} has a {name} that is not zero, which megapre cannot add.")
+        return {name for name, held in self.names.items() if held in found}
 
     def _copies(self) -> set[str]:
         """Tensors that the files hold although tying makes them another's; ValueError where they differ from it."""

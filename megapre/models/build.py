@@ -216,7 +216,8 @@ class _Builder:
             sentence = Sentence(self.dense("head.pooler"), self.dense("head.sentence"))
         weight = self.flat.parameter("embedding.tokens.weight" if config.tied_embeddings else "head.output.weight")
         bias = self.flat.parameter("head.output.bias") if config.mlm_transform else None
-        return kind(norm, transform, Linear("column", weight, bias, self.axis, self.sequence), sentence)
+        output = Linear("column", weight, bias, self.axis, self.sequence)
+        return kind(norm, transform, output, sentence, config.output_scale)
 
     def block(self, number: int, recompute_attention: bool) -> Block:
         config, name = spec.stack(self.config, number)

@@ -42,16 +42,20 @@ class Head(nn.Module):
     """
 
     def __init__(
-        self, norm: Norm | None, transform: Transform | None, output: Linear, sentence: Sentence | None = None
+        self, norm: Norm | None, transform: Transform | None, output: Linear, sentence: Sentence | None, scale: float
     ) -> None:
         super().__init__()
         self.norm, self.transform, self.output, self.sentence = norm, transform, output, sentence
+        self.scale = scale
+        """Of what the output layer reads."""
 
     def forward(self, ctx: Context, x: Tensor) -> tuple[Tensor, ...]:
         """[rows, batch, hidden] to a scalar, or to logits [seq, batch, local vocabulary]."""
         if self.norm is not None:
             x = self.norm(x)
         y = x if self.transform is None else self.transform(x)
+        if self.scale != 1:
+            y = y * self.scale
         if ctx.loss is None:
             return (self.output(y),)
         loss = ctx.loss(self.output, y, ctx)

@@ -166,4 +166,4 @@ def vocabulary(model: ModelConfig, w: Weights, x: Tensor) -> Tensor:
     if model.mlm_transform:
         x = norm(model, w, "head.transform_norm", pointwise(model.activation, linear(w, "head.transform", x)))
     output = w["embedding.tokens.weight" if model.tied_embeddings else "head.output.weight"]
-    return F.linear(x, output, w.get("head.output.bias"))
+    return F.linear(x * model.output_scale, output, w.get("head.output.bias"))

@@ -54,7 +54,8 @@ FAMILIES = {
     "prefix-local": replace(job(window=5, **LLAMA), data=DataConfig(objective="prefix", reset_attention=True)),
     "gpt-1": job("bf16", norm_placement="post", dropout=0.1),
     "transformer": job(
-        norm_placement="post", activation="relu", positions="sinusoidal", embedding_scale=7.2, init="xavier"
+        norm_placement="post", activation="relu", positions="sinusoidal", embedding_scale=7.2, output_scale=0.3,
+        init="xavier",
     ),
     "bloom": job(positions="alibi", embedding_norm=True, init="depth", heads=4),
     "t5": job(**T5, activation="relu", init="he", dropout=0.1, attention_dropout=0.1),

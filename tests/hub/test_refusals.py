@@ -158,3 +158,24 @@ def test_an_export_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     with pytest.raises(ValueError, match="is not empty: export to a new folder"):
         export(tmp_path, tmp_path, None, VOCAB)  # type: ignore[arg-type]
+
+
+def test_a_bias_of_logits_that_is_not_zero_is_refused(tmp_path: Path) -> None:
+    theirs("bart", tmp_path / "bart")
+
+    def bias(c: Config, t: Tensors) -> None:
+        t["final_logits_bias"][0, 3] = 0.1
+
+    with pytest.raises(ValueError, match=r"has a final_logits_bias that is not zero, which megapre cannot add"):
+        Import(changed(tmp_path / "bart", tmp_path / "bad", bias))
+
+
+def test_an_output_layer_of_its_own_is_seen_in_the_files(tmp_path: Path) -> None:
+    """As flan-T5 is saved by older releases: nothing in the settings tells."""
+    theirs("t5-gated", tmp_path / "t5")
+
+    def own(c: Config, t: Tensors) -> None:
+        t["lm_head.weight"] = t["shared.weight"] + 1
+
+    assert Import(tmp_path / "t5").model.tied_embeddings
+    assert not Import(changed(tmp_path / "t5", tmp_path / "own", own)).model.tied_embeddings
