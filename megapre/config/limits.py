@@ -9,7 +9,7 @@ from typing import Any
 from megapre.config.schema import Config
 
 CHOICES = {
-    "model.architecture": ("decoder", "encoder", "encoder_decoder"),
+    "model.architecture": ("decoder", "encoder", "encoder_decoder", "two_stream"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.activation": ("gelu", "gelu_exact", "relu", "swiglu", "geglu"),
     "model.norm_placement": ("pre", "post"),

@@ -10,7 +10,8 @@ class ModelConfig:
     """Shape of the network. GPT-2, Llama and BERT-like encoders are settings of the same block."""
 
     architecture: str = "decoder"
-    """``decoder`` (causal attention), ``encoder`` (full attention) or ``encoder_decoder`` (both, T5 and BART)."""
+    """``decoder`` (causal attention), ``encoder`` (full attention) ``encoder_decoder`` (both, T5 and BART) or
+    ``two_stream`` (content and query in a random order of the tokens, XLNet)."""
     layers: int = 2
     """Number of transformer blocks; with an encoder beside the decoder, the decoder's."""
     encoder_layers: int = 0

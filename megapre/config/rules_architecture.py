@@ -48,4 +48,21 @@ def encoder_decoder_fits(config: Config) -> str | None:
     return None
 
 
-ARCHITECTURE_RULES = (encoder_is_described, encoder_decoder_fits)
+def two_stream_fits(config: Config) -> str | None:
+    """What the two streams are not combined with."""
+    model, parallel = config.model, config.parallel
+    if model.architecture != "two_stream":
+        return None
+    if parallel.context > 1:
+        return (
+            f"parallel.context ({parallel.context}) deals out positions, not the order of model.architecture = "
+            f"'two_stream': set it to 1"
+        )
+    for key in ("experts", "parallel_block", "token_types", "mlm_transform", "sentence_classes", "embedding_size"):
+        if getattr(model, key):
+            shown = str(getattr(model, key)).lower()
+            return f"model.{key} ({shown}) does not go with model.architecture = 'two_stream': leave it out"
+    return None
+
+
+ARCHITECTURE_RULES = (encoder_is_described, encoder_decoder_fits, two_stream_fits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from megapre.models.encoder_decoder import (
 from megapre.models.heads import Head, Sentence, Transform
 from megapre.models.moe import MoE, Router
 from megapre.models.positions import Alibi, Bias, HeadNorm, Relative, Rotary, Turn, rope_tables
+from megapre.models.two_stream import TwoStreamAttention, TwoStreamBlock, TwoStreamEmbedding, TwoStreamHead
 from megapre.parallel.buckets import Buffers
 from megapre.parallel.comm import Axis
 from megapre.parallel.context import over_context, places
@@ -193,6 +195,15 @@ class _Builder:
         kind = DECODER_BLOCKS[like.norm_placement]
         return kind(like, number, block, self.norm(f"{name}.cross_norm"), cross, self.kernels)
 
+    def two_stream_embedding(self) -> TwoStreamEmbedding:
+        query = self.flat.parameter("embedding.query.weight")
+        return TwoStreamEmbedding(self.config, self.embedding(self.config), query, self.kernels)
+
+    def two_stream_block(self, number: int, recompute_attention: bool) -> TwoStreamBlock:
+        q = self.linear("column", f"{spec.stack(self.config, number)[1]}.attention.q")
+        block = self.block(number, recompute_attention, partial(TwoStreamAttention, q))
+        return TwoStreamBlock(self.config, number, block, self.kernels)
+
     def embedding(self, config: ModelConfig, home: str = "embedding", stream: int = 0) -> EmbeddingLayer:
         added: list[nn.Module] = []
         if config.positions == "learned":
@@ -219,14 +230,16 @@ class _Builder:
         output = Linear("column", weight, bias, self.axis, self.sequence)
         return kind(norm, transform, output, sentence, config.output_scale)
 
-    def block(self, number: int, recompute_attention: bool) -> Block:
+    def block(
+        self, number: int, recompute_attention: bool, attention_of: Callable[..., Attention] = Attention
+    ) -> Block:
         config, name = spec.stack(self.config, number)
         parallel = config.parallel_block
         norms = [self.norm(f"{name}.{part}") for part in ("attention_norm", "mlp_norm")[: 1 if parallel else 2]]
         qkv = self.linear("column", *(f"{name}.attention.{part}" for part in "qkv"))
         output = self.linear("row", f"{name}.attention.output")
         turns, bias = self.turns(config, f"{name}.attention"), self.bias(config, name)
-        attention = Attention(
+        attention = attention_of(
             config, number, qkv, output, self.axis, turns, bias, self.core, self.grid.context.size, recompute_attention
         )
         make = self.moe if config.has_experts(number) else self.mlp
@@ -297,5 +310,8 @@ LAYERS: dict[str, Callable[[_Builder, int, bool], nn.Module]] = {
     "encoder_block": _Builder.encoder_block,
     "decoder_block": _Builder.decoder_block,
     "decoder_head": lambda made, number, again: made.head(made.config, DecoderHead),
+    "two_stream_embedding": lambda made, number, again: made.two_stream_embedding(),
+    "two_stream_block": _Builder.two_stream_block,
+    "two_stream_head": lambda made, number, again: made.head(made.config, TwoStreamHead),
 }
 """What makes each kind of layer of ``spec.kinds``, of its number and whether its attention is recomputed."""

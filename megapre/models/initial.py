@@ -19,6 +19,7 @@ TABLES = (
     "embedding.positions.weight",
     "embedding.types.weight",
     "embedding.relative.weight",
+    "embedding.query.weight",
     "encoder.embedding.positions.weight",
     "encoder.relative.weight",
     "head.output.weight",

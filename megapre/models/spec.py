@@ -34,6 +34,7 @@ def kinds(model: ModelConfig) -> tuple[str, ...]:
         "encoder_decoder": (
             "pair_embedding", *["encoder_block"] * encoder, *["decoder_block"] * blocks, "decoder_head",
         ),
+        "two_stream": ("two_stream_embedding", *["two_stream_block"] * blocks, "two_stream_head"),
     }[model.architecture]  # fmt: skip
 
 
@@ -47,6 +48,7 @@ def carried(model: ModelConfig, layer: int) -> tuple[Carry, ...]:
     target = Carry(model.hidden)
     both = (Carry(model.hidden, "source"), target)
     takes = {"encoder_block": both, "decoder_block": both, "decoder_head": both}
+    takes |= {"two_stream_block": (target, target), "two_stream_head": (target, target)}
     return takes.get(kinds(model)[layer], (target,)) if layer else ()
 
 
@@ -87,6 +89,8 @@ def _embedding(model: ModelConfig, vocab_size: int) -> list[TensorSpec]:
     specs = [TensorSpec("embedding.tokens.weight", (vocab_size, width), Shard(0), users, decay=True)]
     if model.positions == "learned":
         specs.append(TensorSpec("embedding.positions.weight", (model.sequence, width)))
+    if model.architecture == "two_stream":
+        specs.append(TensorSpec("embedding.query.weight", (1, width)))
     if model.token_types:
         specs.append(TensorSpec("embedding.types.weight", (model.token_types, width)))
     if model.embedding_norm:

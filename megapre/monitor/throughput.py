@@ -39,6 +39,9 @@ def flops_per_token(model: ModelConfig, vocab: int) -> float:
     decoder: source / sequence tokens of the encoder, and cross-attention.
     """
     output = 6.0 * model.hidden * vocab
+    if model.architecture == "two_stream":  # the query stream has all but keys and values
+        keys = 2 * model.hidden * model.n_kv_heads * model.head_dim
+        return 2 * _stack(model) - 6.0 * model.layers * keys + output
     if not model.encoder_layers:
         return _stack(model) + output
     share, width = model.source_sequence / model.sequence, model.heads * model.head_dim

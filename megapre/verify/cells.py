@@ -237,6 +237,9 @@ def _extras(config: Config, index: int, generator: torch.Generator) -> dict[str,
     cut = torch.randint(model.sequence, (1,), generator=generator)
     if model.token_types:
         found["token_types"] = (place > cut).long() * (model.token_types - 1)
+    if model.architecture == "two_stream":  # half of the tokens are only read, the others follow in random order
+        order = torch.randperm(model.sequence, generator=generator).unsqueeze(1)
+        found["ranks"] = (order - model.sequence // 2).clamp_min(0)
     if model.sentence_classes:
         found["labels"] = torch.randint(model.sentence_classes, (1,), generator=generator)
         found["label_weights"] = torch.tensor([float(index % 4 != 1)])

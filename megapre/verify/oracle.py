@@ -21,7 +21,7 @@ from megapre.models.build import DTYPES
 from megapre.models.context import EMBEDDING, site
 from megapre.optim.schedule import learning_rate
 from megapre.random.philox import normal
-from megapre.verify import oracle_encoder_decoder, oracle_moe, oracle_optim
+from megapre.verify import oracle_encoder_decoder, oracle_moe, oracle_optim, oracle_two_stream
 from megapre.verify.oracle_block import Dropper, Weights, block, linear, mlp, norm, pointwise
 from megapre.verify.oracle_moe import Ledger
 from megapre.verify.oracle_positions import sinusoid
@@ -134,6 +134,8 @@ def features(config: Config, w: Weights, m: Microbatch, drop: Dropper, ledger: L
     model = config.model
     if model.architecture == "encoder_decoder":
         return oracle_encoder_decoder.features(config, w, m, drop.step)
+    if model.architecture == "two_stream":
+        return oracle_two_stream.features(config, w, m, drop.step)
     x = embedded(model, w, m, drop)
     for index in range(model.layers):
         work = partial(oracle_moe.apply, ledger=ledger) if model.has_experts(index + 1) else mlp

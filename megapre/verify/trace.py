@@ -206,6 +206,8 @@ def _microbatches(config: Config) -> list[Microbatch]:
         made["segments"] = ids(length, batch)
     if model.source_sequence:
         made["source"] = ids(model.source_sequence, batch)
+    if model.architecture == "two_stream":
+        made["ranks"] = ids(length, batch)
     if data.objective == "prefix":
         made["prefix"] = ids(batch)
     if pairs:

@@ -18,6 +18,7 @@ PAIR = {
     "model__architecture": "encoder_decoder", "model__encoder_layers": 2, "model__source_sequence": 18,
     "data__objective": "span_corruption",
 }  # fmt: skip
+STREAMS = {"model__architecture": "two_stream", "data__objective": "permuted"}
 
 
 def job(**settings: Any) -> Config:
@@ -70,6 +71,9 @@ def test_defaults_pass_and_data_resolves() -> None:
         ({**PAIR, "parallel__tensor": 4, "parallel__sequence": True}, None, ["model.source_sequence (18)", "(4)"]),
         ({**PAIR, "parallel__pipeline": 2, "parallel__layers_per_stage": [1, 2]}, None,
          ["sums to 3", "model.layers + model.encoder_layers is 4"]),
+        ({**STREAMS, "parallel__context": 2}, None, ["parallel.context (2)", "'two_stream'"]),
+        ({**STREAMS, "model__token_types": 2}, None, ["model.token_types (2)", "'two_stream'"]),
+        ({**PAIR, "model__share_layers": True}, None, ["model.share_layers (true)", "single stacks"]),
         ({**PAIR, "data__objective": "causal"}, None, ["'span_corruption'", "not 'causal'"]),
         ({"parallel__pipeline": 2, "parallel__layers_per_stage": [0, 2]}, None, ["holds 0"]),
         ({"train__microbatch": 3}, None, ["train.global_batch (8)", "3 x 1"]),

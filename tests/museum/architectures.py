@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.museum.mutant import Mutant
 
 PAIRS = "tests/equivalence/test_encoder_decoder.py::test_layout_agrees_with_the_oracle"
+STREAMS = "tests/equivalence/test_two_stream.py::test_layout_agrees_with_the_oracle"
 EXECUTOR = "tests/parallel/test_executor.py::test_a_tuple_of_tensors_goes_through_any_schedule"
 
 ARCHITECTURE_MUTANTS = (
@@ -87,5 +88,45 @@ ARCHITECTURE_MUTANTS = (
         "        (x,) = self.block(source_of(ctx), x if self.norm is None else self.norm(x))\n        return x, y\n",
         f"{PAIRS}[t5-1x2x2+zero3]",
         "the encoder's output leaves it without its final norm",
+    ),
+    Mutant(
+        "query-sees-its-own-token",
+        "megapre/models/two_stream.py",
+        "mask = Mask(causal=True, strict=strict,",
+        "mask = Mask(causal=True, strict=False,",
+        f"{STREAMS}[rope-4x1x1+sp]",
+        "XLNet's query stream reads the content of the position that it predicts: a loss too good to be true",
+    ),
+    Mutant(
+        "order-of-the-text-in-place-of-the-factorisation",
+        "megapre/models/two_stream.py",
+        "window=self.window, documents=documents, order=order)",
+        "window=self.window, documents=documents)",
+        f"{STREAMS}[rope-4x1x1+sp]",
+        "two streams from left to right",
+    ),
+    Mutant(
+        "query-reads-queries",
+        "megapre/models/two_stream.py",
+        "self._read(ctx, asking, k, v, strict=True)",
+        "self._read(ctx, asking, k, v.flip(1) + asking.mean(), strict=True)",
+        f"{STREAMS}[rope-4x1x1+sp]",
+        "the query stream's values come from itself",
+    ),
+    Mutant(
+        "streams-drop-alike",
+        "megapre/models/two_stream.py",
+        "layer = self.layer + (CROSS if query else 0)",
+        "layer = self.layer",
+        f"{STREAMS}[xlnet-1x2x2+zero1]",
+        "content and query share the dropout mask of their attention weights",
+    ),
+    Mutant(
+        "head-reads-the-content",
+        "megapre/models/two_stream.py",
+        "return super().forward(ctx, g)",
+        "return super().forward(ctx, h)",
+        f"{STREAMS}[rope-4x1x1+sp]",
+        "predictions from the stream that knows the token",
     ),
 )
