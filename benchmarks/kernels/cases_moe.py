@@ -82,4 +82,4 @@ def top_k(on: Setting) -> Case:
     compiled = torch.compile(lambda x: torch.topk(x, 8).indices, dynamic=False)
     arms: dict[str, Callable] = {arm: lambda k=kernels: [k.top_k(scores, 8)] for arm, kernels in on.kernels.items()}
     arms |= {"eager": lambda: [torch.topk(scores, 8).indices], "compile": lambda: [compiled(scores)]}
-    return Case("8 of [4096, 128] fp32", arms, lambda: [EXACT.top_k(scores.double(), 8)])
+    return Case("8 of [4096, 128] fp32", arms, lambda: [EXACT.top_k(scores.double(), 8).double()])

@@ -5,7 +5,7 @@
 prints the table of docs/kernels.md, and with --write puts it there (needs nvcc; cuobjdump from the toolkit or from
 Triton's wheel). Nothing is executed on a GPU. Instructions an element are static: all instructions x threads / elements
 where a row is one straight line, else those of the hot loops / elements an iteration loads; the peers' figures
-(peer_static.csv) were counted so too, but with the padding at a function's end.
+(peer_static.csv) were counted so too, but with padding: at a function's end, and what is predicated off for good.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Row:
     """Elements an iteration of the one loop, where its loads do not tell (several streams)."""
     scores: int = 0
     """Scores a thread has in one turn of the loop of tensor-core products, for attention: the instructions counted are
-    those of that loop that are no products."""
+    those of that loop that are no products. At two tiles a turn, those of both."""
     lanes: int = 8
     """Elements in 16 bytes."""
     wide: tuple[int, int] = (1, 1)
@@ -62,10 +62,6 @@ class Row:
 ROPE = (
     "fp32 tables and arithmetic take 3.75 by themselves (the peer's 3.4 with bf16 tables rounds each product to bf16), "
     "and four running pointers the rest"
-)
-ATTENTION = (
-    "the static count holds the path of tiles that the diagonal cuts (a mask a score) and the addresses of two staged "
-    "tiles, neither of which a whole tile executes"
 )
 TABLE = (
     Row("RMSNorm forward, width 4096", r"norms::forward<B, B, 2, false, false>", (32, 32), (16, 16), 16, wide=(4, 2),
@@ -99,13 +95,11 @@ TABLE = (
         peer=("rope_qk", "hq=32 hk=8 d=128 bf16 cos=fp32"), missed=ROPE, stands=((64, 4.7), (64, 5.1))),
     Row("RoPE q and k, pairs", r"rotate<B, 8, true>", (64, 64), (4, 4), wide=(6, 4), bytes="4", missed=ROPE,
         stands=((64, 4.7), (64, 5.1))),
-    *(Row(f"attention {name}, D {d}, causal", f"attention::{kernel}", (regs, 255), (budget, budget), scores=32 * part,
-          wide=(0, 0), missed=ATTENTION, stands=((regs, stands), (255, stands)))
-      for name, d, kernel, regs, budget, stands, part in (
-          ("forward", 64, "forward<64, false>", 168, 6.8, 36.0, 1),
-          ("forward", 128, "forward<128, false>", 208, 9.8, 42.0, 1),
-          ("dq", 64, "backward_queries<64, false>", 208, 7.5, 38.0, 1),
-          ("dk, dv", 64, "backward_keys<64, false, true, true>", 255, 7.5, 52.0, 1),
+    *(Row(f"attention {name}, D {d}, causal", f"attention::{kernel}<{d}, 0>", (255, 255), budgets,
+          scores=scores, wide=(0, 0), peer=(f"flash_{peer}", f"D={d} causal bf16"))
+      for name, d, kernel, peer, budgets, scores in (
+          ("forward", 64, "forward", "fwd", (6.8, 6.9), 112), ("forward", 128, "forward", "fwd", (9.8, 10.1), 64),
+          ("backward", 64, "backward", "bwd", (15, 15), 64), ("backward", 128, "backward", "bwd", (20.5, 20.5), 32),
       )),
     Row("AdamW fp32", r"adamw<None, 4>", (40, 48), (27, 27), 4, wide=(4, 3), bytes="28",
         peer=("apex_fused_adam", "fp32 g,p,m,v")),
@@ -142,10 +136,15 @@ class Kernel:
         return [[op for at, op, _ in self.lines if a <= at <= b] for a, b in inner]
 
     def hot(self) -> list[str]:
-        """Opcodes of the loop with the most tensor-core products, the shortest of such; [] where there is none."""
+        """Opcodes of the loop with the most tensor-core products and no such loop inside, the shortest; or []."""
         spans = [(target, at) for at, _, target in self.lines if target is not None and target < at]
-        bodies = [[op for at, op, _ in self.lines if a <= at <= b] for a, b in spans]
-        return max(bodies, key=lambda ops: (sum(op.startswith("HMMA") for op in ops), -len(ops)), default=[])
+        bodies = {span: [op for at, op, _ in self.lines if span[0] <= at <= span[1]] for span in spans}
+        counts = {span: sum(op.startswith("HMMA") for op in ops) for span, ops in bodies.items()}
+        inner = [
+            span for span, count in counts.items()
+            if count and not any(n and o != span and span[0] <= o[0] and o[1] <= span[1] for o, n in counts.items())
+        ]  # fmt: skip
+        return bodies[max(inner, key=lambda span: (counts[span], -len(bodies[span])))] if inner else []
 
     def per_element(self, row: Row) -> float:
         """Instructions an element: all of them, or those of the largest loop of every kind."""
@@ -187,7 +186,7 @@ def compile_object(source: Path, arch: str) -> tuple[Path, str]:
                f"-gencode=arch=compute_{arch[3:]},code={arch}"]  # fmt: skip
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(repr((command, version, source.name)).encode())
-    for path in [source, *sorted(source.parent.glob("*.cuh"))]:
+    for path in _included(source):
         digest.update(path.read_bytes())
     folder = ROOT / "build" / "nvcc"
     folder.mkdir(parents=True, exist_ok=True)
@@ -201,6 +200,17 @@ def compile_object(source: Path, arch: str) -> tuple[Path, str]:
         report.write_text(result.stderr)
         partial.replace(target)
     return target, report.read_text()
+
+
+def _included(source: Path) -> list[Path]:
+    """The source and every header of its folder that it includes, directly or not."""
+    found, left = {source}, [source]
+    while left:
+        names = re.findall(r'#include "([\w.]+)"', left.pop().read_text())
+        new = {source.parent / name for name in names} - found
+        found |= new
+        left += new
+    return sorted(found)
 
 
 @functools.cache
@@ -223,6 +233,7 @@ def kernels(arch: str) -> dict[str, Kernel]:
 
 def _short(name: str) -> str:
     name = re.sub(r"\(anonymous namespace\)::|void ", "", name).replace("__nv_bfloat16", "B").replace("__half", "H")
+    name = name.replace("(attention::Kind)", "")
     return re.sub(r"\(.*", "", name)
 
 
@@ -245,7 +256,7 @@ def _parse_sass(target: Path, found: dict[str, Kernel]) -> None:
         if m := re.search(r"Function : (\S+)", line):
             current = found[m[1]]
         m = re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z0-9_.]+)(.*)", line)
-        if m and current is not None and m[2] != "NOP":
+        if m and current is not None and m[2] != "NOP" and "@!PT" not in line:  # padding, which does nothing
             branch = re.search(r"(0x[0-9a-f]+)", m[3]) if m[2].startswith("BRA") else None
             current.lines.append((int(m[1], 16), m[2], int(branch[1], 16) if branch else None))
 

@@ -211,6 +211,21 @@ def delta_of(do: Tensor, out: Tensor) -> Tensor:
     return torch.linalg.vecdot(do.to(wide), out.to(wide)).permute(1, 2, 0).contiguous()
 
 
+def diagonals(partial: Tensor, s: int, t: int) -> Tensor:
+    """Gradient [heads, s + t - 1] of a bias from sums over the diagonals of pairs of tiles.
+
+    ``partial`` [heads, pairs, 2 tile]: of all pairs whose keys lie as many tiles behind their queries, from the first
+    keys with the last queries on, entry n is the sum where key - query, inside the tiles, is n - (tile - 1); the last
+    is 0. Two pairs share every diagonal.
+    """
+    tile = partial.shape[2] // 2
+    whole = partial.new_zeros((partial.shape[0], partial.shape[1] + 1, tile))
+    whole[:, :-1] += partial[..., :tile]
+    whole[:, 1:] += partial[..., tile:]
+    first = -(-s // tile) * tile - s
+    return whole.flatten(1)[:, first : first + s + t - 1]
+
+
 # --- the formula ----------------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,7 @@ SIGNATURES = {
     "megapre_cross_entropy_fused": [*[_P] * 4, *[_L] * 4, _F, _F, _F, _I, _P],
     "megapre_adamw": [*[_P] * 10, _L, *[_D] * 6, _I, _P],
     "megapre_square_sum": [*[_P] * 4, _L, _L, _I, _P],
-    "megapre_attention": [*[_P] * 20, _F, _F, _P],
+    "megapre_attention": [*[_P] * 21, _F, _F, _P],
     "megapre_keep_mask": [_P, _P, _P, _L, _L, _L, _U, _U, _U, _U, _P],
 }
 """Argument types of every function of the library; the last is the stream."""

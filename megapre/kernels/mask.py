@@ -21,11 +21,10 @@ ALL = ("prefix", "document", "window", "order", "offset", "empty", "bias", "lear
 to read; ``bias``: scores with a bias by distance; ``learned``: the gradient of that bias; ``lse``: forward that returns
 log-sum-exp and backward that is given it, as ring attention needs.
 """
-NOT_LEARNED = tuple(name for name in ALL if name != "learned")
 FEATURES = {
     "cpp": ALL,
-    "cuda": NOT_LEARNED,
-    "triton": NOT_LEARNED,
+    "cuda": ALL,
+    "triton": ALL,
     "flash": ("window",),
     "sdpa": ("prefix", "document", "window", "order", "offset"),
     "reference": ALL,

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megapre.kernels.attention import AttentionDropout
-from megapre.kernels.mask import Mask
+from megapre.kernels.attention import AttentionDropout, Version, delta_of
+from megapre.kernels.mask import CAUSAL, FULL, Mask
 from megapre.random import philox
+from tests.kernels.tolerances import error
 
 Visible = Callable[[int, int, int], bool]
 """(sample, query, key) -> whether the query may read the key."""
@@ -150,3 +151,73 @@ def dropout_of(heads: int, batch: int, probability: float = 0.3) -> AttentionDro
     """Sites and samples that use the upper bits."""
     sites = [4099 + 4 * h for h in range(heads)]
     return AttentionDropout(2**35 + 5, 3, sites, torch.arange(batch) + 2**32 - 1, probability)
+
+
+# --- relations that hold whatever the values ------------------------------------------------------------------------
+
+
+def check_documents(version: Version, dtype: torch.dtype, device: str = "cpu", s: int = 150, d: int = 64) -> None:
+    """Other values in one document leave the next one's results and gradients as they are, bit for bit."""
+    cut = s // 2 - 8
+    inputs = [x.to(device) for x in draw(s, s, 1, 2, 1, d, dtype)]
+    numbers = (torch.arange(s, device=device) >= cut).long().unsqueeze(1)
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
+    results = []
+    for change in (False, True):
+        x = [y.clone() for y in inputs]
+        for y in x:
+            if change:
+                y[:cut] = y[:cut] * 3 + 1
+        x = [y.requires_grad_() for y in x]
+        out = version(*x, mask=Mask(causal=True, documents=(numbers, numbers)))
+        results.append([out[cut:].detach(), *(g[cut:] for g in torch.autograd.grad(out, x, grad))])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def check_same_masks(version: Version, dtype: torch.dtype, device: str, tolerance: float, s: int = 100) -> None:
+    """Causal is an empty prefix, a window as long as the sequence, one document, an order by position, another offset;
+    a prefix of all is no mask. Value and gradients."""
+    b, inputs = 2, [x.to(device).requires_grad_() for x in draw(s, s, 2, 2, 1, 32, dtype)]
+    everywhere = torch.arange(s, device=device).unsqueeze(1).expand(s, b)
+    pairs = [
+        (CAUSAL, Mask(causal=True, prefix=torch.zeros(b, dtype=torch.int64, device=device))),
+        (CAUSAL, Mask(causal=True, window=s)),
+        (CAUSAL, Mask(causal=True, documents=(torch.full((s, b), 7, device=device),) * 2)),
+        (CAUSAL, Mask(causal=True, order=(everywhere,) * 2)),
+        (CAUSAL, Mask(causal=True, q_offset=30, k_offset=30)),
+        (FULL, Mask(causal=True, prefix=torch.full((b,), s, device=device))),
+    ]
+    plain = {}
+    for asked, same in pairs:
+        found = []
+        for mask in (asked, same):
+            if mask is asked and id(asked) in plain:
+                found.append(plain[id(asked)])
+                continue
+            out = version(*inputs, mask=mask)
+            found.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out))])
+        plain[id(asked)] = found[0]
+        for x, y in zip(*found):
+            assert error(y, x) <= tolerance, same
+
+
+def check_two_steps(version: Version, dtype: torch.dtype, device: str, tolerance: float, s: int = 66) -> None:
+    """Two parts of the keys, as ring attention takes them, put together by their log-sum-exps, are the whole."""
+    q, k, v = (x.to(device) for x in draw(s, s, 1, 2, 1, 32, dtype))
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(4)).to(dtype).to(device)
+    out, lse = version.forward(q, k, v, mask=CAUSAL)
+    delta = delta_of(grad, out)
+    whole = version.backward(grad, q, k, v, lse=lse, delta=delta, mask=CAUSAL)
+    cuts = (slice(0, s // 2 - 4), slice(s // 2 - 4, s))
+    masks = [CAUSAL.part(slice(0, s), cut) for cut in cuts]
+    parts = [version.forward(q, k[cut], v[cut], mask=mask) for cut, mask in zip(cuts, masks)]
+    assert all(part.dtype == torch.float32 for part, _ in parts)
+    together = torch.logaddexp(parts[0][1], parts[1][1])
+    shares = [torch.exp(part - together).permute(2, 0, 1).unsqueeze(-1) * x for x, part in parts]
+    assert error(together, lse) <= 2e-6 and error(shares[0] + shares[1], out) <= tolerance
+    found = [
+        version.backward(grad, q, k[cut], v[cut], lse=lse, delta=delta, mask=mask) for cut, mask in zip(cuts, masks)
+    ]
+    assert error(found[0][0] + found[1][0], whole[0]) <= tolerance
+    for which in (1, 2):
+        assert error(torch.cat([part[which] for part in found]), whole[which]) <= tolerance

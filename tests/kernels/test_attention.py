@@ -12,7 +12,17 @@ from megapre.config.schema import KernelsConfig
 from megapre.kernels import attention, mask, registry
 from megapre.kernels.mask import CAUSAL, FULL, Mask
 from megapre.random import native
-from tests.kernels.attention_cases import MASKS, causal, document, draw, dropout_of, formula
+from tests.kernels.attention_cases import (
+    MASKS,
+    causal,
+    check_documents,
+    check_same_masks,
+    check_two_steps,
+    document,
+    draw,
+    dropout_of,
+    formula,
+)  # fmt: skip
 from tests.kernels.tolerances import TOLERANCE, compare, error
 
 VERSIONS = (attention.attention_cpp, attention.attention_reference, attention.attention_sdpa)
@@ -148,38 +158,24 @@ def test_halves_give_log_sum_exp_and_take_any_delta(version):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda v: v.name)
 def test_a_document_does_not_depend_on_another(version, dtype):
-    s, cut = 150, 67
-    q, k, v = draw(s, s, 1, 2, 1, 64, dtype)
-    numbers = (torch.arange(s) >= cut).long().unsqueeze(1)
-    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    results = []
-    for change in (False, True):
-        x = [y.clone() for y in (q, k, v)]
-        for y in x:
-            if change:
-                y[:cut] = y[:cut] * 3 + 1
-        x = [y.requires_grad_() for y in x]
-        out = version(*x, mask=Mask(causal=True, documents=(numbers, numbers)))
-        results.append([out[cut:].detach(), *(g[cut:] for g in torch.autograd.grad(out, x, grad))])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    check_documents(version, dtype)
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda v: v.name)
 def test_masks_that_mean_the_same_are_the_same(version):
+    check_same_masks(version, torch.float32, "cpu", TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("version", VERSIONS[:2], ids=lambda v: v.name)
+def test_two_steps_of_a_ring_are_one(version, dtype):
+    check_two_steps(version, dtype, "cpu", TOLERANCE[dtype] * SLACK[dtype])
+
+
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda v: v.name)
+def test_packed_sequences_are_as_alone(version):
     s, b = 100, 2
     q, k, v = draw(s, s, b, 2, 1, 32, torch.float32)
-    plain = version(q, k, v, mask=CAUSAL)
-    same = [
-        Mask(causal=True, prefix=torch.zeros(b, dtype=torch.int64)),
-        Mask(causal=True, window=s),
-        Mask(causal=True, documents=(torch.full((s, b), 7),) * 2),
-        Mask(causal=True, order=(torch.arange(s).unsqueeze(1).expand(s, b),) * 2),
-        Mask(causal=True, q_offset=30, k_offset=30),
-    ]
-    for m in same:
-        torch.testing.assert_close(version(q, k, v, mask=m), plain, rtol=1e-6, atol=1e-6)
-    everything = version(q, k, v, mask=Mask(causal=True, prefix=torch.full((b,), s)))
-    torch.testing.assert_close(everything, version(q, k, v, mask=FULL), rtol=1e-6, atol=1e-6)
     lengths = torch.tensor([0, 30, 31, 100])
     numbers = mask.documents_of(lengths, b)
     packed = version(q, k, v, mask=Mask(causal=True, documents=(numbers, numbers)))

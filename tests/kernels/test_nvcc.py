@@ -1,7 +1,6 @@
 """What nvcc makes of csrc/cuda for sm_80 and sm_90: links, loads without a GPU, and keeps its static budgets."""
 
 import ctypes
-import re
 import subprocess
 
 import pytest
@@ -17,7 +16,7 @@ def test_nothing_spills_and_no_kernel_is_left_out(arch):
     found = static.kernels(arch)
     assert len(found) > 100 and all(kernel.lines for kernel in found.values())
     for name, kernel in found.items():
-        if "attention::" in name:
+        if name.startswith("attention: "):
             check_attention(name, kernel)
             continue
         assert kernel.spills == 0 and not kernel.mix["LDL"] + kernel.mix["STL"], f"{name} spills {kernel.spills} bytes"
@@ -27,15 +26,14 @@ def test_nothing_spills_and_no_kernel_is_left_out(arch):
 
 
 def check_attention(name, kernel):
-    """Products on tensor cores from staged tiles, and no local memory in the loop of causal and full attention.
+    """Products on tensor cores from staged tiles, and no local memory in the loop that does them.
 
-    With every mask, bias and dropout at once values spill: at most 18 accesses in the loop and 152 bytes, in the
-    gradient of keys with 128 features on sm_90.
+    Around that loop a few values spill, where addresses and the tiles that a mask cuts are prepared.
     """
     assert kernel.mix["HMMA"] and kernel.mix["LDGSTS"] and kernel.mix["LDSM"], name
-    local, plain = sum(op.startswith(("LDL", "STL")) for op in kernel.hot()), re.search(r"<\d+, false", name)
-    most, spilled = (0, 16) if plain else (18, 152)
-    assert local <= most and kernel.spills <= spilled, f"{name}: {local}, {kernel.spills}"
+    local = sum(op.startswith(("LDL", "STL")) for op in kernel.hot())
+    most = 2 if "bias_gradient<32>" in name else 0  # which reads two spilled values a tile
+    assert local <= most and kernel.spills <= 128, f"{name}: {local}, {kernel.spills}"
 
 
 @pytest.mark.parametrize("arch", static.ARCHS)

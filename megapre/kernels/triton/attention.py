@@ -2,7 +2,8 @@
 
 A program takes a block of queries (forward, dq) or of keys (dk, dv) through tiles of the other side; no scores are kept
 (arXiv 2307.08691). The backward pass is two kernels, each sum with one owner and one order: runs agree bit for bit.
-Plain causal and full attention are compiled without anything else; EXTRA adds limits, documents and windows, and skips
+Plain causal and full attention are compiled without anything else, with a loop for whole tiles that knows neither masks
+nor bounds, and another for those that the diagonal or an end cuts; EXTRA adds limits, documents and windows, and skips
 tiles by their spans.
 """
 # mypy: disallow-untyped-defs=False
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megapre.kernels.attention import Gradients, Halves, Problem, Version
+from megapre.kernels.attention import Gradients, Halves, Problem, Version, diagonals
 from megapre.kernels.mask import FEATURES, spans
 from megapre.kernels.triton import launch
 from megapre.kernels.triton.dropout import _words
@@ -67,12 +68,66 @@ def _kept(i, j, q_offset, k_offset, sample, site, seed, step, threshold, gain):
 
 
 @triton.jit
-def _tile(x, first, rows, stride, width, ROWS: tl.constexpr, D: tl.constexpr):
-    """Rows [first, first + ROWS) of x, zeros where there is none."""
-    i, c = first + tl.arange(0, ROWS), tl.arange(0, D)
-    return tl.load(
-        x + i[:, None].to(tl.int64) * stride + c[None, :], mask=(i[:, None] < rows) & (c[None, :] < width), other=0.0
-    )
+def _tile(x, first, rows, stride, width, ROWS: tl.constexpr, D: tl.constexpr, CUT: tl.constexpr, PAD: tl.constexpr):
+    """Rows [first, first + ROWS) of x; zeros beyond its last row (where CUT says there may be one) and its width."""
+    i, c = tl.arange(0, ROWS), tl.arange(0, D)
+    start = tl.full([], 1, tl.int64) * first * stride  # of the whole tile, so that the rest fits 32 bits and stays
+    at = x + start + (i[:, None] * stride + c[None, :])
+    if CUT:
+        return tl.load(at, mask=(first + i[:, None] < rows) & (c[None, :] < width), other=0.0)
+    if PAD:
+        return tl.load(at, mask=c[None, :] < width, other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _keys_of(first, s, t, q_offset, k_offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+             PLAIN: tl.constexpr):  # fmt: skip
+    """Of the queries from ``first`` on: keys in tiles without any mask, keys in all."""
+    whole, stop = t // COLUMNS * COLUMNS, t
+    if CAUSAL:
+        reads = tl.maximum(0, first + q_offset - k_offset + 1)  # the first query's keys
+        whole = tl.minimum(whole, reads // COLUMNS * COLUMNS)
+        stop = tl.minimum(t, tl.maximum(0, first + ROWS + q_offset - k_offset))
+    if not PLAIN:
+        whole, stop = 0, t
+    return whole, stop
+
+
+@triton.jit
+def _attend(
+    mine, top, total, rows, i, first, block, head, b, k, v, limit, order, asking, asked, q_spans, k_spans, bias, sites,
+    samples, s, t, width, scale, q_offset, k_offset, window, seed, step, threshold, gain, k_row, v_row,
+    CAUSAL: tl.constexpr, EXTRA: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAD: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys for a block of queries: top, total and rows with it."""
+    j = first + tl.arange(0, COLUMNS)
+    slope = scale * LOG2E
+    keys = _tile(k, first, t, k_row, width, COLUMNS, D, CUT, PAD)
+    scores = tl.dot(mine, tl.trans(keys), input_precision="ieee")
+    if BIAS:
+        at = head * (s + t - 1) + s - 1 - i[:, None] + j[None, :]
+        scores += tl.load(bias + at, mask=(i[:, None] < s) & (j[None, :] < t), other=0.0) / scale
+    if CUT:
+        seen = _visible(
+            i[:, None], j[None, :], s, t, q_offset, k_offset, window, limit + b * s, order + b * t, asking + b * s,
+            asked + b * t, CAUSAL, EXTRA,
+        )  # fmt: skip
+        scores = tl.where(seen, scores, float("-inf"))
+    most = tl.maximum(top, tl.max(scores, 1) * slope)
+    base = tl.where(most == float("-inf"), 0.0, most) if CUT else most
+    weights = tl.math.exp2(scores * slope - base[:, None])
+    factor = tl.math.exp2(top - base)
+    total = total * factor + tl.sum(weights, 1)
+    if DROP:
+        weights *= _kept(
+            i[:, None], j[None, :], q_offset, k_offset, tl.load(samples + b), tl.load(sites + head), seed, step,
+            threshold, gain,
+        )  # fmt: skip
+    values = _tile(v, first, t, v_row, width, COLUMNS, D, CUT, PAD)
+    rows = rows * factor[:, None]
+    return most, total, tl.dot(weights.to(values.dtype), values, rows, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["seed", "step", "threshold"])
@@ -81,7 +136,7 @@ def _forward(
     s, t, batch, heads, groups, width, scale, q_offset, k_offset, window, seed, step, threshold, gain,
     q_row, q_batch, q_head, k_row, k_batch, k_head, v_row, v_batch, v_head,
     CAUSAL: tl.constexpr, EXTRA: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     block, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = head // (heads // groups)
@@ -89,46 +144,31 @@ def _forward(
     k += b * k_batch + group * k_head
     v += b * v_batch + group * v_head
     i = block * ROWS + tl.arange(0, ROWS)
-    slope = scale * LOG2E
-    mine = _tile(q, block * ROWS, s, q_row, width, ROWS, D)
+    mine = _tile(q, block * ROWS, s, q_row, width, ROWS, D, True, PAD)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     rows = tl.zeros([ROWS, D], tl.float32)
-    stop = t
-    if CAUSAL and not EXTRA:
-        stop = tl.minimum(t, tl.maximum(0, block * ROWS + ROWS + q_offset - k_offset))
-    for first in range(0, stop, COLUMNS):
+    PLAIN: tl.constexpr = not (EXTRA or BIAS or DROP)
+    whole, stop = _keys_of(block * ROWS, s, t, q_offset, k_offset, ROWS, COLUMNS, CAUSAL and not EXTRA, PLAIN)
+    if PLAIN:
+        for first in range(0, whole, COLUMNS):
+            top, total, rows = _attend(
+                mine, top, total, rows, i, first, block, head, b, k, v, limit, order, asking, asked, q_spans, k_spans,
+                bias, sites, samples, s, t, width, scale, q_offset, k_offset, window, seed, step, threshold, gain,
+                k_row, v_row, CAUSAL, EXTRA, BIAS, DROP, D, ROWS, COLUMNS, PAD, False,
+            )  # fmt: skip
+    for first in range(whole, stop, COLUMNS):
         see = True
         if EXTRA:
             at_q = q_spans + (b * tl.cdiv(s, ROWS) + block) * 4
             at_k = k_spans + (b * tl.cdiv(t, COLUMNS) + first // COLUMNS) * 4
             see = _sight(at_q, at_k, block * ROWS + q_offset, first + k_offset, ROWS, COLUMNS, window)
         if see:
-            j = first + tl.arange(0, COLUMNS)
-            keys = _tile(k, first, t, k_row, width, COLUMNS, D)
-            scores = tl.dot(mine, tl.trans(keys), input_precision="ieee") * slope
-            seen = _visible(
-                i[:, None], j[None, :], s, t, q_offset, k_offset, window, limit + b * s, order + b * t, asking + b * s,
-                asked + b * t, CAUSAL, EXTRA,
+            top, total, rows = _attend(
+                mine, top, total, rows, i, first, block, head, b, k, v, limit, order, asking, asked, q_spans, k_spans,
+                bias, sites, samples, s, t, width, scale, q_offset, k_offset, window, seed, step, threshold, gain,
+                k_row, v_row, CAUSAL, EXTRA, BIAS, DROP, D, ROWS, COLUMNS, PAD, True,
             )  # fmt: skip
-            if BIAS:
-                at = head * (s + t - 1) + s - 1 - i[:, None] + j[None, :]
-                scores += tl.load(bias + at, mask=(i[:, None] < s) & (j[None, :] < t), other=0.0) * LOG2E
-            scores = tl.where(seen, scores, float("-inf"))
-            most = tl.maximum(top, tl.max(scores, 1))
-            base = tl.where(most == float("-inf"), 0.0, most)
-            weights = tl.math.exp2(scores - base[:, None])
-            factor = tl.math.exp2(top - base)
-            total = total * factor + tl.sum(weights, 1)
-            if DROP:
-                weights *= _kept(
-                    i[:, None], j[None, :], q_offset, k_offset, tl.load(samples + b), tl.load(sites + head), seed, step,
-                    threshold, gain,
-                )  # fmt: skip
-            values = _tile(v, first, t, v_row, width, COLUMNS, D)
-            rows = rows * factor[:, None]
-            rows = tl.dot(weights.to(values.dtype), values, rows, input_precision="ieee")
-            top = most
     share = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
     column = tl.arange(0, D)
     at = ((i[:, None].to(tl.int64) * batch + b) * heads + head) * width + column[None, :]
@@ -140,15 +180,22 @@ def _forward(
 
 @triton.jit
 def _slopes(
-    scores, inner, i, j, seen, lse, delta, head, b, s, t, scale, q_offset, k_offset, seed, step, threshold, gain, bias,
-    sites, samples, BIAS: tl.constexpr, DROP: tl.constexpr,
+    scores, inner, i, j, lse, delta, limit, order, asking, asked, head, b, s, t, scale, q_offset, k_offset, window,
+    seed, step, threshold, gain, bias, sites, samples,
+    CAUSAL: tl.constexpr, EXTRA: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Weights as they leave dropout and gradients of the scores, for indices that broadcast."""
     scores = scores * (scale * LOG2E)
     if BIAS:
         at = head * (s + t - 1) + s - 1 - i + j
         scores += tl.load(bias + at, mask=(i < s) & (j < t), other=0.0) * LOG2E
-    weights = tl.where(seen, tl.math.exp2(scores - lse), 0.0)
+    weights = tl.math.exp2(scores - lse)
+    if CUT:
+        seen = _visible(
+            i, j, s, t, q_offset, k_offset, window, limit + b * s, order + b * t, asking + b * s, asked + b * t,
+            CAUSAL, EXTRA,
+        )  # fmt: skip
+        weights = tl.where(seen, weights, 0.0)
     dropped = weights
     if DROP:
         factor = _kept(
@@ -167,50 +214,91 @@ def _statistics(lse, delta, i, s):
     return tl.where(reads, sums * LOG2E, float("inf")), tl.where(reads, tl.load(delta + i, mask=i < s, other=0.0), 0.0)
 
 
+@triton.jit
+def _to_queries(
+    mine, up, sums, less, rows, i, first, head, b, k, v, limit, order, asking, asked, bias, sites, samples, s, t, width,
+    scale, q_offset, k_offset, window, seed, step, threshold, gain, k_row, v_row,
+    CAUSAL: tl.constexpr, EXTRA: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
+    D: tl.constexpr, COLUMNS: tl.constexpr, PAD: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """dq of a block of queries with one tile of keys more."""
+    j = first + tl.arange(0, COLUMNS)
+    keys = _tile(k, first, t, k_row, width, COLUMNS, D, CUT, PAD)
+    values = _tile(v, first, t, v_row, width, COLUMNS, D, CUT, PAD)
+    scores = tl.dot(mine, tl.trans(keys), input_precision="ieee")
+    inner = tl.dot(up, tl.trans(values), input_precision="ieee")
+    _, slopes = _slopes(
+        scores, inner, i[:, None], j[None, :], sums[:, None], less[:, None], limit, order, asking, asked, head, b, s, t,
+        scale, q_offset, k_offset, window, seed, step, threshold, gain, bias, sites, samples, CAUSAL, EXTRA, BIAS, DROP,
+        CUT,
+    )  # fmt: skip
+    return tl.dot(slopes.to(keys.dtype), keys, rows, input_precision="ieee")
+
+
 @triton.jit(do_not_specialize=["seed", "step", "threshold"])
 def _backward_queries(
     q, k, v, grad, dq, lse, delta, limit, order, asking, asked, q_spans, k_spans, bias, sites, samples,
     s, t, batch, heads, groups, width, scale, q_offset, k_offset, window, seed, step, threshold, gain,
     q_row, q_batch, q_head, k_row, k_batch, k_head, v_row, v_batch, v_head, g_row, g_batch, g_head,
     CAUSAL: tl.constexpr, EXTRA: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     block, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = head // (heads // groups)
     k += b * k_batch + group * k_head
     v += b * v_batch + group * v_head
     i = block * ROWS + tl.arange(0, ROWS)
-    mine = _tile(q + b * q_batch + head * q_head, block * ROWS, s, q_row, width, ROWS, D)
-    up = _tile(grad + b * g_batch + head * g_head, block * ROWS, s, g_row, width, ROWS, D)
+    mine = _tile(q + b * q_batch + head * q_head, block * ROWS, s, q_row, width, ROWS, D, True, PAD)
+    up = _tile(grad + b * g_batch + head * g_head, block * ROWS, s, g_row, width, ROWS, D, True, PAD)
     sums, less = _statistics(lse + (b * heads + head) * s, delta + (b * heads + head) * s, i, s)
     rows = tl.zeros([ROWS, D], tl.float32)
-    stop = t
-    if CAUSAL and not EXTRA:
-        stop = tl.minimum(t, tl.maximum(0, block * ROWS + ROWS + q_offset - k_offset))
-    for first in range(0, stop, COLUMNS):
+    PLAIN: tl.constexpr = not (EXTRA or BIAS or DROP)
+    whole, stop = _keys_of(block * ROWS, s, t, q_offset, k_offset, ROWS, COLUMNS, CAUSAL and not EXTRA, PLAIN)
+    if PLAIN:
+        for first in range(0, whole, COLUMNS):
+            rows = _to_queries(
+                mine, up, sums, less, rows, i, first, head, b, k, v, limit, order, asking, asked, bias, sites, samples,
+                s, t, width, scale, q_offset, k_offset, window, seed, step, threshold, gain, k_row, v_row, CAUSAL,
+                EXTRA, BIAS, DROP, D, COLUMNS, PAD, False,
+            )  # fmt: skip
+    for first in range(whole, stop, COLUMNS):
         see = True
         if EXTRA:
             at_q = q_spans + (b * tl.cdiv(s, ROWS) + block) * 4
             at_k = k_spans + (b * tl.cdiv(t, COLUMNS) + first // COLUMNS) * 4
             see = _sight(at_q, at_k, block * ROWS + q_offset, first + k_offset, ROWS, COLUMNS, window)
         if see:
-            j = first + tl.arange(0, COLUMNS)
-            keys = _tile(k, first, t, k_row, width, COLUMNS, D)
-            values = _tile(v, first, t, v_row, width, COLUMNS, D)
-            scores = tl.dot(mine, tl.trans(keys), input_precision="ieee")
-            inner = tl.dot(up, tl.trans(values), input_precision="ieee")
-            seen = _visible(
-                i[:, None], j[None, :], s, t, q_offset, k_offset, window, limit + b * s, order + b * t, asking + b * s,
-                asked + b * t, CAUSAL, EXTRA,
+            rows = _to_queries(
+                mine, up, sums, less, rows, i, first, head, b, k, v, limit, order, asking, asked, bias, sites, samples,
+                s, t, width, scale, q_offset, k_offset, window, seed, step, threshold, gain, k_row, v_row, CAUSAL,
+                EXTRA, BIAS, DROP, D, COLUMNS, PAD, True,
             )  # fmt: skip
-            _, slopes = _slopes(
-                scores, inner, i[:, None], j[None, :], seen, sums[:, None], less[:, None], head, b, s, t, scale,
-                q_offset, k_offset, seed, step, threshold, gain, bias, sites, samples, BIAS, DROP,
-            )  # fmt: skip
-            rows = tl.dot(slopes.to(keys.dtype), keys, rows, input_precision="ieee")
     column = tl.arange(0, D)
     at = ((i[:, None].to(tl.int64) * batch + b) * heads + head) * width + column[None, :]
     tl.store(dq + at, (rows * scale).to(dq.dtype.element_ty), mask=(i[:, None] < s) & (column[None, :] < width))
+
+
+@triton.jit
+def _to_keys(
+    keys, values, to_keys, to_values, j, first, head, b, q, grad, lse, delta, limit, order, asking, asked, bias, sites,
+    samples, s, t, width, scale, q_offset, k_offset, window, seed, step, threshold, gain, q_row, g_row,
+    CAUSAL: tl.constexpr, EXTRA: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, PAD: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a block of keys with one tile of queries more; the scores are transposed."""
+    i = first + tl.arange(0, ROWS)
+    theirs = _tile(q, first, s, q_row, width, ROWS, D, CUT, PAD)
+    up = _tile(grad, first, s, g_row, width, ROWS, D, CUT, PAD)
+    sums, less = _statistics(lse, delta, i, s)
+    scores = tl.dot(keys, tl.trans(theirs), input_precision="ieee")
+    inner = tl.dot(values, tl.trans(up), input_precision="ieee")
+    weights, slopes = _slopes(
+        scores, inner, i[None, :], j[:, None], sums[None, :], less[None, :], limit, order, asking, asked, head, b, s, t,
+        scale, q_offset, k_offset, window, seed, step, threshold, gain, bias, sites, samples, CAUSAL, EXTRA, BIAS, DROP,
+        CUT,
+    )  # fmt: skip
+    to_values = tl.dot(weights.to(up.dtype), up, to_values, input_precision="ieee")
+    return tl.dot(slopes.to(theirs.dtype), theirs, to_keys, input_precision="ieee"), to_values
 
 
 @triton.jit(do_not_specialize=["seed", "step", "threshold"])
@@ -219,43 +307,53 @@ def _backward_keys(
     s, t, batch, heads, groups, width, scale, q_offset, k_offset, window, seed, step, threshold, gain,
     q_row, q_batch, q_head, k_row, k_batch, k_head, v_row, v_batch, v_head, g_row, g_batch, g_head,
     CAUSAL: tl.constexpr, EXTRA: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS keys through tiles of ROWS queries of every head that reads them; the scores are transposed."""
+    """COLUMNS keys through tiles of ROWS queries of every head that reads them."""
     block, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     j = block * COLUMNS + tl.arange(0, COLUMNS)
-    keys = _tile(k + b * k_batch + group * k_head, block * COLUMNS, t, k_row, width, COLUMNS, D)
-    values = _tile(v + b * v_batch + group * v_head, block * COLUMNS, t, v_row, width, COLUMNS, D)
+    keys = _tile(k + b * k_batch + group * k_head, block * COLUMNS, t, k_row, width, COLUMNS, D, True, PAD)
+    values = _tile(v + b * v_batch + group * v_head, block * COLUMNS, t, v_row, width, COLUMNS, D, True, PAD)
     to_keys = tl.zeros([COLUMNS, D], tl.float32)
     to_values = tl.zeros([COLUMNS, D], tl.float32)
-    start = 0
+    PLAIN: tl.constexpr = not (EXTRA or BIAS or DROP)
+    # Queries [start, cut) and [last, s) lie in tiles that a mask or the end cuts, [cut, last) in whole ones.
+    start, cut, last = 0, 0, s // ROWS * ROWS
     if CAUSAL and not EXTRA:
-        start = tl.minimum(s, tl.maximum(0, block * COLUMNS + k_offset - q_offset)) // ROWS * ROWS
+        ahead = tl.maximum(0, block * COLUMNS + k_offset - q_offset)
+        start = tl.minimum(s, ahead) // ROWS * ROWS
+        cut = tl.cdiv(tl.maximum(0, block * COLUMNS + COLUMNS - 1 + k_offset - q_offset), ROWS) * ROWS
+    if block * COLUMNS + COLUMNS > t:
+        cut = last
+    cut = tl.minimum(cut, last) if PLAIN else last
     each = heads // groups
     for head in range(group * each, (group + 1) * each):
-        for first in range(start, s, ROWS):
-            see = True
-            if EXTRA:
-                at_q = q_spans + (b * tl.cdiv(s, ROWS) + first // ROWS) * 4
-                at_k = k_spans + (b * tl.cdiv(t, COLUMNS) + block) * 4
-                see = _sight(at_q, at_k, first + q_offset, block * COLUMNS + k_offset, ROWS, COLUMNS, window)
-            if see:
-                i = first + tl.arange(0, ROWS)
-                theirs = _tile(q + b * q_batch + head * q_head, first, s, q_row, width, ROWS, D)
-                up = _tile(grad + b * g_batch + head * g_head, first, s, g_row, width, ROWS, D)
-                sums, less = _statistics(lse + (b * heads + head) * s, delta + (b * heads + head) * s, i, s)
-                scores = tl.dot(keys, tl.trans(theirs), input_precision="ieee")
-                inner = tl.dot(values, tl.trans(up), input_precision="ieee")
-                seen = _visible(
-                    i[None, :], j[:, None], s, t, q_offset, k_offset, window, limit + b * s, order + b * t,
-                    asking + b * s, asked + b * t, CAUSAL, EXTRA,
-                )  # fmt: skip
-                weights, slopes = _slopes(
-                    scores, inner, i[None, :], j[:, None], seen, sums[None, :], less[None, :], head, b, s, t, scale,
-                    q_offset, k_offset, seed, step, threshold, gain, bias, sites, samples, BIAS, DROP,
-                )  # fmt: skip
-                to_values = tl.dot(weights.to(up.dtype), up, to_values, input_precision="ieee")
-                to_keys = tl.dot(slopes.to(theirs.dtype), theirs, to_keys, input_precision="ieee")
+        from_q, from_g = q + b * q_batch + head * q_head, grad + b * g_batch + head * g_head
+        of_lse, of_delta = lse + (b * heads + head) * s, delta + (b * heads + head) * s
+        for part in tl.static_range(3):
+            if part == 1:
+                if PLAIN:
+                    for first in range(cut, last, ROWS):
+                        to_keys, to_values = _to_keys(
+                            keys, values, to_keys, to_values, j, first, head, b, from_q, from_g, of_lse, of_delta,
+                            limit, order, asking, asked, bias, sites, samples, s, t, width, scale, q_offset, k_offset,
+                            window, seed, step, threshold, gain, q_row, g_row, CAUSAL, EXTRA, BIAS, DROP, D, ROWS, PAD,
+                            False,
+                        )  # fmt: skip
+            else:
+                for first in range(start if part == 0 else tl.maximum(start, last), cut if part == 0 else s, ROWS):
+                    see = True
+                    if EXTRA:
+                        at_q = q_spans + (b * tl.cdiv(s, ROWS) + first // ROWS) * 4
+                        at_k = k_spans + (b * tl.cdiv(t, COLUMNS) + block) * 4
+                        see = _sight(at_q, at_k, first + q_offset, block * COLUMNS + k_offset, ROWS, COLUMNS, window)
+                    if see:
+                        to_keys, to_values = _to_keys(
+                            keys, values, to_keys, to_values, j, first, head, b, from_q, from_g, of_lse, of_delta,
+                            limit, order, asking, asked, bias, sites, samples, s, t, width, scale, q_offset, k_offset,
+                            window, seed, step, threshold, gain, q_row, g_row, CAUSAL, EXTRA, BIAS, DROP, D, ROWS, PAD,
+                            True,
+                        )  # fmt: skip
     column = tl.arange(0, D)
     at = ((j[:, None].to(tl.int64) * batch + b) * groups + group) * width + column[None, :]
     inside = (j[:, None] < t) & (column[None, :] < width)
@@ -263,8 +361,48 @@ def _backward_keys(
     tl.store(dv + at, to_values.to(dv.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["seed", "step", "threshold"])
+def _backward_bias(
+    q, k, v, grad, partial, lse, delta, limit, order, asking, asked, q_spans, k_spans, bias, sites, samples,
+    s, t, batch, heads, groups, width, scale, q_offset, k_offset, window, seed, step, threshold, gain,
+    q_row, q_batch, q_head, k_row, k_batch, k_head, v_row, v_batch, v_head, g_row, g_batch, g_head,
+    CAUSAL: tl.constexpr, EXTRA: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    """Sums over the diagonals of all tiles whose keys lie as many tiles behind their queries, of all samples."""
+    head, tiles = tl.program_id(1), tl.cdiv(s, TILE)
+    ahead, group = tl.program_id(0) - (tiles - 1), head // (heads // groups)
+    along, place = tl.arange(0, TILE)[None, :], tl.arange(0, TILE)[:, None]
+    behind, before = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)  # of keys - queries = n, and n - TILE
+    for sample in range(0, batch):
+        b = tl.program_id(2).to(tl.int64) + sample
+        for tile in range(tl.maximum(0, -ahead), tl.minimum(tiles, tl.cdiv(t, TILE) - ahead)):
+            i, j = tile * TILE + tl.arange(0, TILE), (tile + ahead) * TILE + tl.arange(0, TILE)
+            mine = _tile(q + b * q_batch + head * q_head, tile * TILE, s, q_row, width, TILE, D, True, PAD)
+            up = _tile(grad + b * g_batch + head * g_head, tile * TILE, s, g_row, width, TILE, D, True, PAD)
+            keys = _tile(k + b * k_batch + group * k_head, (tile + ahead) * TILE, t, k_row, width, TILE, D, True, PAD)
+            values = _tile(v + b * v_batch + group * v_head, (tile + ahead) * TILE, t, v_row, width, TILE, D, True, PAD)
+            sums, less = _statistics(lse + (b * heads + head) * s, delta + (b * heads + head) * s, i, s)
+            scores = tl.dot(mine, tl.trans(keys), input_precision="ieee")
+            inner = tl.dot(up, tl.trans(values), input_precision="ieee")
+            _, slopes = _slopes(
+                scores, inner, i[:, None], j[None, :], sums[:, None], less[:, None], limit, order, asking, asked, head,
+                b, s, t, scale, q_offset, k_offset, window, seed, step, threshold, gain, bias, sites, samples, CAUSAL,
+                EXTRA, BIAS, DROP, True,
+            )  # fmt: skip
+            turned = tl.gather(slopes, (place + along) % TILE, 1)  # column n: diagonals n and n - TILE
+            behind += tl.sum(tl.where(place + along < TILE, turned, 0.0), 0)
+            before += tl.sum(tl.where(place + along < TILE, 0.0, turned), 0)
+    n = tl.arange(0, TILE)
+    out = partial + (head * tl.num_programs(0) + tl.program_id(0)) * 2 * TILE
+    tl.store(out + TILE - 1 + n, behind)
+    tl.store(out + n - 1, before, mask=n > 0)
+
+
 def _tiles(width: int, dtype: torch.dtype, backward: bool) -> tuple[int, int, int, int]:
     """Rows, columns, warps and stages for heads padded to a power of two."""
+    if not backward and width == 128 and dtype != torch.float32 and launch.hopper():
+        return 128, 128, 8, 2
     if dtype == torch.float32 or width > 128:
         return 32, 32, 4, 1
     if backward:
@@ -298,7 +436,7 @@ class _Call:
         self.numbers = [s, t, b, heads, k.shape[2], width, p.scale, m.q_offset, m.k_offset, window, *words, gain]
         self.constants: dict[str, Any] = dict(
             CAUSAL=m.causal, EXTRA=m.extra, BIAS=p.bias is not None, DROP=d is not None, D=size, ROWS=rows,
-            COLUMNS=columns, num_warps=self.warps, num_stages=self.stages,
+            COLUMNS=columns, PAD=size != width, num_warps=self.warps, num_stages=self.stages,
         )  # fmt: skip
         self.over_queries = (triton.cdiv(s, rows), heads, b)
         self.over_keys = (triton.cdiv(t, columns), k.shape[2], b)
@@ -333,7 +471,21 @@ def _backward_triton(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d
     with launch.on(q):
         _backward_queries[call.over_queries](*call.read, grad, dq, *rest, **call.constants)
         _backward_keys[call.over_keys](*call.read, grad, dk, dv, *rest, **call.constants)
-    return dq, dk, dv, None
+        along = None
+        if p.bias is not None and p.bias.requires_grad:
+            along = _bias_gradient(call, grad, rest, p).to(p.bias.dtype)
+    return dq, dk, dv, along
+
+
+def _bias_gradient(call: _Call, grad: Tensor, rest: tuple[Any, ...], p: Problem) -> Tensor:
+    """fp32 [heads, s + t - 1] of a learned bias: tiles on one diagonal are one program's, in one order."""
+    (s, _, heads, _), t = grad.shape, call.read[1].shape[0]
+    tile = 64 if grad.dtype != torch.float32 and call.constants["D"] <= 128 else 32
+    pairs = triton.cdiv(s, tile) + triton.cdiv(t, tile) - 1
+    partial = torch.zeros((heads, pairs, 2 * tile), dtype=torch.float32, device=grad.device)
+    constants = {name: value for name, value in call.constants.items() if name not in ("ROWS", "COLUMNS", "num_stages")}
+    _backward_bias[(pairs, heads)](*call.read, grad, partial, *rest, TILE=tile, num_stages=1, **constants)
+    return diagonals(partial, s, t)
 
 
 attention_triton = Version("triton", FEATURES["triton"], None, _forward_triton, _backward_triton)

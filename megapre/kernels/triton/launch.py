@@ -83,6 +83,14 @@ def column_sum(partial: Tensor) -> Tensor:
     return out
 
 
+def hopper() -> bool:
+    """Whether kernels are compiled for sm_90 or later; not in the interpreter, which has no target."""
+    try:
+        return bool(triton.runtime.driver.active.get_current_target().arch >= 90)
+    except RuntimeError:
+        return False
+
+
 def signed(words: Sequence[int]) -> list[int]:
     """32-bit words as signed numbers: for those >= 2^31 triton would compile a kernel with 64-bit arguments."""
     return [(word & 0xFFFFFFFF) - ((word & 0x80000000) << 1) for word in words]

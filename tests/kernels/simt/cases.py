@@ -272,9 +272,11 @@ def attention(device, mask, s, t, heads, groups, d, batch=1, bias=False, dropout
     place = attention_cases.dropout_of(heads, batch) if dropout else None
     grad = draw(s, batch, heads, d, dtype=BF16, seed=1)
     exact = [x.double().requires_grad_() for x in inputs]
-    out0, lse0 = attention_cases.formula(*exact, asked, None if b is None else b.double(), place)
+    exact_bias = None if b is None else b.double().requires_grad_()
+    out0, lse0 = attention_cases.formula(*exact, asked, exact_bias, place)
     inputs, grad = [x.to(device) for x in inputs], grad.to(device)
-    options = dict(mask=_to(asked.mask, device), bias=None if b is None else b.to(device), dropout=place)
+    learned = None if b is None else b.to(device).requires_grad_()
+    options = dict(mask=_to(asked.mask, device), bias=learned, dropout=place)
     if place is not None:
         options["dropout"] = replace(place, samples=place.samples.to(device))
     # The weights and the gradients of scores are rounded to bf16 once more before a product.
@@ -297,6 +299,8 @@ def attention(device, mask, s, t, heads, groups, d, batch=1, bias=False, dropout
         out.backward(grad)
         out0.backward(grad.double().cpu())
         found = [x.grad for x in ours]
+        if b is not None:  # sums of both signs over batch and diagonal
+            yield options["bias"].grad, exact_bias.grad, 4 * TOLERANCE[BF16]
     yield out, out0, tolerance
     least = 0.1 * float(grad.double().norm())  # a query with one key has no gradient but its rounding
     for a, b in zip(found, exact):
@@ -345,6 +349,8 @@ LONG = {
        for name in ("full", "two_sided_window", "prefix", "packed", "query_stream", "content_stream", "one_key",
                     "nothing")},
     "attention-128": (attention, "causal", 70, 70, 1, 1, 128),
+    "attention-whole": (attention, "causal", 230, 230, 1, 1, 64),
+    "attention-learned": (attention, "packed", 70, 135, 2, 1, 64, 2, True),
     "attention-256": (attention, "causal", 66, 66, 1, 1, 256),
     "attention-cross": (attention, "full", 5, 130, 4, 2, 64),
     "attention-decode": (attention, "causal", 1, 130, 4, 1, 64),

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from tests.kernels import attention_cases
 from tests.kernels.simt import cases
 
 
@@ -30,6 +31,23 @@ def test_everything_in_every_order(simt, name, order, early):
     for seed in (1, 2, 3) if order == "random" else (0,):
         simt.configure(order, early=early, seed=seed)
         cases.check({**cases.SHORT, **cases.LONG}[name])
+
+
+def test_attention_keeps_its_relations(simt):
+    """Bit for bit between documents; masks that mean the same; two steps of a ring are one."""
+    from megapre.kernels.cuda_attention import attention_cuda
+
+    tolerance = 2.2 * cases.TOLERANCE[torch.bfloat16]
+    attention_cases.check_documents(attention_cuda, torch.bfloat16, s=150, d=32)
+    attention_cases.check_same_masks(attention_cuda, torch.bfloat16, "cpu", tolerance, s=70)
+    attention_cases.check_two_steps(attention_cuda, torch.bfloat16, "cpu", tolerance)
+
+
+def test_one_block_takes_all_keys(simt, monkeypatch):
+    from megapre.kernels import cuda_attention
+
+    monkeypatch.setattr(cuda_attention, "MOST_SPLITS", 1)
+    cases.check(cases.LONG["attention-whole"])
 
 
 def test_a_device_with_less_shared_memory_takes_the_two_passes(simt):

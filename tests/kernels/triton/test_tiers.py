@@ -83,22 +83,29 @@ BUDGET = {
     "bias + dropout + residual backward": ((64, 64), (27, 27)),
     "AdamW fp32": ((40, 48), (27, 27)),
     "AdamW fp32 + bf16 copy": ((48, 48), (28, 28)),
-    "attention, d = 64, forward": ((255, 255), (20, 17)),
-    "attention, d = 64, dq": ((208, 128), (19, 16)),
-    "attention, d = 64, dk and dv": ((255, 248), (30, 24)),
-    # A turn of 128 x 128 results and 64 (sm_80: 64 too) of the sum, products among the instructions.
+    # Instructions a score in the loop over whole tiles that are no products. The forward budgets, 6.8 and 9.8 on sm_80,
+    # 7.8 and 7.4 on sm_90, are missed: Triton computes 64-bit addresses of every row in every turn, 0.5 to 1 a score,
+    # and at 128 features of sm_80 holds 64 keys a tile, so that sums are rescaled twice a score.
+    "attention, d = 64, forward": ((255, 255), (8.5, 8.5)),
+    "attention, d = 64, dq": ((208, 160), (8.2, 8.5)),
+    "attention, d = 64, dk and dv": ((255, 255), (13.8, 12.5)),
+    "attention, d = 128, forward": ((255, 255), (12, 8.7)),
+    "attention, d = 128, dq": ((208, 208), (14.2, 23.5)),
+    "attention, d = 128, dk and dv": ((255, 255), (20, 30.5)),
+    # A turn of 128 x 128 results and 64 of the sum, without the products.
     "experts, top 8 of 128": ((32, 32), (9, 9)),
     "experts, permute": ((16, 16), (5, 5)),
     "experts, unpermute": ((32, 32), (27, 27)),
     "experts, unpermute backward": ((32, 32), (9, 9)),
-    "experts, x W": ((144, 112), (3, 2)),
-    "experts, dy W^T": ((176, 112), (3, 2.3)),
-    "experts, dW": ((184, 184), (4.5, 2.5)),
+    "experts, x W": ((144, 112), (2, 2)),
+    "experts, dy W^T": ((176, 112), (2, 2.3)),
+    "experts, dW": ((184, 184), (3.5, 2.5)),
     "sum of squares": ((40, 40), (4, 4)),
     "column sum": ((40, 40), (5, 5)),
 }
 GROUPED = ("experts, x W", "experts, dy W^T", "experts, dW")
-PROGRAMS = {"cross-entropy, whole, 32000": 1, "cross-entropy, whole, 50304": 4, **dict.fromkeys(GROUPED, 1)}
+PROGRAMS = {"cross-entropy, whole, 32000": 1, "cross-entropy, whole, 50304": 4, **dict.fromkeys(GROUPED, 1),
+            **{f"attention, d = 128, {part}": 1 for part in ("forward", "dq", "dk and dv")}}  # fmt: skip
 """Programs that a multiprocessor must hold; 2 where nothing is said. Products of 8 warps keep it busy alone."""
 
 
@@ -115,9 +122,11 @@ def test_compiled_for_two_architectures_within_the_budgets(processes):
         wrong = {
             "registers": row["registers"] > registers,
             "per_element": row["per_element"] > instructions,
-            # dk and dv on sm_80 spill 20 bytes before and after the loop.
-            "spills": row["local_in_loops"] if case.startswith("attention") else row["spills"] + row["local"] > 0,
-            "shared": row["shared"] > (96 if case in GROUPED else 64 if multiplies else 48) * 1024,
+            # Around its loops attention spills; in the forward loop for 128 features of sm_80, two values a turn.
+            "spills": row["local_in_loops"] > 2 * ("128, forward" in case) if case.startswith("attention")
+            else row["spills"] + row["local"] > 0,
+            "shared": row["shared"] > 1024 * (160 if "d = 128, " in case and multiplies else 96 if case in GROUPED
+                                              else 64 if multiplies else 48),
             # Tensor cores, sm_90's own among them, from tiles that are copied asynchronously.
             "products": multiplies and min(row["products"], row["copies"]) < (12 if row["arch"] == 80 else 4),
             "hopper": multiplies and row["arch"] == 90 and not row["hopper"],

@@ -3,9 +3,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megapre.kernels.mask import CAUSAL, Mask
 from megapre.kernels.triton.attention import attention_triton
-from tests.kernels.attention_cases import MASKS, causal, draw, dropout_of, formula
+from tests.kernels.attention_cases import (
+    MASKS,
+    check_documents,
+    check_same_masks,
+    check_two_steps,
+    draw,
+    dropout_of,
+    formula,
+)  # fmt: skip
 from tests.kernels.tolerances import TOLERANCE, compare, error
 
 SLACK = {torch.float32: 1, torch.bfloat16: 2.2}
@@ -64,29 +71,28 @@ def test_bias_and_dropout(name, device):
 
 
 def test_a_document_does_not_depend_on_another(device):
-    s, cut = 130, 67
-    q, k, v = (x.to(device) for x in draw(s, s, 1, 2, 1, 32, torch.bfloat16))
-    numbers = (torch.arange(s, device=device) >= cut).long().unsqueeze(1)
-    results = []
-    for change in (False, True):
-        x = [y.clone() for y in (q, k, v)]
-        for y in x:
-            if change:
-                y[:cut] = y[:cut] * 3 + 1
-        x = [y.requires_grad_() for y in x]
-        out = attention_triton(*x, mask=Mask(causal=True, documents=(numbers, numbers)))
-        results.append([out[cut:].detach(), *(g[cut:] for g in torch.autograd.grad(out, x, torch.ones_like(out)))])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    check_documents(attention_triton, torch.bfloat16, str(device), 130, 32)
 
 
-def test_halves_of_the_keys_are_the_whole(device):
-    q, k, v = (x.to(device) for x in draw(66, 66, 1, 2, 1, 32, torch.float32))
-    out, lse = formula(q.double(), k.double(), v.double(), causal(66, 66, 1))
-    parts = [
-        attention_triton.forward(q, k[cut], v[cut], mask=CAUSAL.part(slice(0, 66), cut))
-        for cut in (slice(0, 40), slice(40, 66))
-    ]
-    together = torch.logaddexp(parts[0][1], parts[1][1])
-    assert error(together, lse) < 1e-6
-    whole = sum(torch.exp(l - together).permute(2, 0, 1).unsqueeze(-1) * o for o, l in parts)
-    assert error(whole, out) < 2e-6
+def test_masks_that_mean_the_same_are_the_same(device):
+    check_same_masks(attention_triton, torch.float32, str(device), TOLERANCE[torch.float32], 40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_steps_of_a_ring_are_one(dtype, device):
+    check_two_steps(attention_triton, dtype, str(device), TOLERANCE[dtype] * SLACK[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "s", "t"), [("packed", 66, 100), ("causal", 33, 33)])
+def test_gradient_of_a_learned_bias(name, s, t, dtype, device):
+    asked, inputs, dropout = MASKS[name](s, t, 2), draw(s, t, 2, 2, 1, 32, dtype), dropout_of(2, 2)
+    generator = torch.Generator().manual_seed(1)
+    bias, grad = (torch.randn(shape, generator=generator) for shape in ((2, s + t - 1), inputs[0].shape))
+    learned, exact = bias.clone().to(device).requires_grad_(), bias.double().requires_grad_()
+    place = replace(dropout, samples=dropout.samples.to(device))
+    options = dict(mask=moved(asked.mask, device), bias=learned, dropout=place)
+    attention_triton(*(x.to(device) for x in inputs), **options).backward(grad.to(dtype).to(device))
+    out = formula(*(x.double() for x in inputs), asked, exact, dropout)[0]
+    out.backward(grad.to(dtype).double())
+    assert error(learned.grad.cpu(), exact.grad) <= TOLERANCE[dtype] * 4  # a sum of both signs over batch and diagonal
