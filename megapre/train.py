@@ -61,7 +61,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
         if config.resilience.selftest:
             selftest(grid, device, engine.model.dtype)
         state = resume(config, engine, monitor.text)
-        monitor.started(int(state.get("step", 0)))
+        monitor.started(int(state.get("step", 0)), state.get("monitor"))
         pulse.resumed(int(state.get("step", 0)))
         place: dict[str, Any] = {"vocab_size": vocab_size, "data_rank": grid.data.rank, "data_size": grid.data.size}
         trainer = Trainer(

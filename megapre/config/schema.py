@@ -189,6 +189,8 @@ class MonitorConfig:
     """Steps between lines of metrics."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
+    wandb: str = ""
+    """Weights & Biases project that metrics go to as well; empty: none. A resumed run continues its curve."""
     activation_rms: bool = False
     """Report the root mean square of every block's output."""
     warmup_steps: int = 3

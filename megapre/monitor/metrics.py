@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import secrets
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from megapre.config.check import ConfigError
 from megapre.config.schema import Config
 from megapre.monitor import hardware
-from megapre.monitor.sinks import Sink, open_sinks
+from megapre.monitor.sinks import Sink, WeightsAndBiases, open_sinks
 
 
 def check_sinks(config: Config) -> None:
@@ -19,6 +20,11 @@ def check_sinks(config: Config) -> None:
         raise ConfigError(
             "monitor.tensorboard is true but tensorboard is not installed: pip install megapre[monitor] or set it to "
             "false"
+        )
+    if config.monitor.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"monitor.wandb is {config.monitor.wandb!r} but wandb is not installed: pip install megapre[wandb] or set "
+            f'it to ""'
         )
 
 
@@ -36,14 +42,29 @@ class Monitor:
         self._gpu: hardware.GpuMeter | None = None
         self._gpu_sought = False
         self._active = active
+        self._config, self._run_dir = config, Path(run_dir)
+        self._wandb = ""
         if not active:
             return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._sinks = open_sinks(config, run_dir)
 
-    def started(self, step: int) -> None:
-        """Record that this process goes on from ``step`` (0 for a fresh run): the resume step of a resumed run."""
+    def state(self) -> dict[str, str]:
+        """What a checkpoint keeps, so that a resumed run continues its curves: the id of the run at W&B."""
+        return {"wandb": self._wandb} if self._wandb else {}
+
+    def started(self, step: int, state: Mapping[str, str] | None = None) -> None:
+        """Record that this process goes on from ``step`` (0 for a fresh run): the resume step of a resumed run.
+
+        ``state`` is that of the run's checkpoint.
+        """
+        if self._active and self._config.monitor.wandb and not self._wandb:
+            self._wandb = (state or {}).get("wandb") or secrets.token_hex(6)
+            try:
+                self._sinks.append(WeightsAndBiases(self._config, self._run_dir, self._wandb))
+            except Exception as error:
+                _warn(f"megapre: W&B is off in this run: {type(error).__name__}: {error}")
         self._each(lambda sink: sink.event("start", step))
 
     def log(self, step: int, values: Mapping[str, float], *, split: str = "train") -> None:

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -166,6 +167,34 @@ class TensorBoard:
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run at Weights & Biases (wandb.ai, or on disk with WANDB_MODE=offline)."""
+
+    def __init__(self, config: Config, run_dir: Path, run_id: str) -> None:
+        """Begin the run ``run_id`` of the project ``monitor.wandb``, or continue it."""
+        import wandb
+
+        self._run: Any = wandb.init(
+            project=config.monitor.wandb, id=run_id, resume="allow", dir=str(run_dir), config=asdict(config)
+        )
+        # Steps after a resume or a rewind come twice, which its own counter refuses.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: Mapping[str, float], split: str) -> None:
+        """Add one value per metric, named ``split/metric``."""
+        self._run.log({"step": step} | {f"{split}/{key}": value for key, value in values.items()})
+
+    def text(self, line: str) -> None:
+        """Text is for the console."""
+
+    def event(self, name: str, step: int) -> None:
+        """Steps after a resume replace those a dead process wrote."""
+
+    def close(self) -> None:
+        """Upload what is left."""
+        self._run.finish()
 
 
 def open_sinks(config: Config, run_dir: Path) -> list[Sink]:

@@ -219,6 +219,7 @@ class Trainer:
             "job": asdict(self.config),
             "environment": self.environment,
             "guard": self.guard.state(),
+            "monitor": self.monitor.state(),
             "plateau": self.plateau.state(),
             "skipped_batches": self.skipped,
         }

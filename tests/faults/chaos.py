@@ -134,12 +134,12 @@ def kills(count: int, rng: random.Random, folder: Path, pool: RankPool) -> str:
             phase = rng.choices(list(phases), (1, 3, 5))[0]
             job_.until(lambda: len(job_.ranks()) == 2)
             if phase != "starting":
-                seen = job_.lines()
-                job_.until(lambda seen=seen: job_.lines() > seen)  # type: ignore[misc]
+                more = job_.lines() + rng.randrange(1, 20)
+                job_.until(lambda more=more: job_.lines() > more)  # type: ignore[misc]
             if phase == "saving":
                 job_.until(job_.saving, pause=0.001)
             else:
-                time.sleep(rng.uniform(0, 2))
+                time.sleep(rng.uniform(0, 0.5))
             victims = job_.ranks()
             os.kill(rng.choice(victims), signal.SIGKILL)
             job_.until(lambda v=victims: all(map(ended, v)), 10)  # type: ignore[misc]

@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -174,3 +177,71 @@ def test_monitor_loads_no_torch() -> None:
 def test_memory_is_that_of_this_process() -> None:
     found = hardware.memory()
     assert 0 < found["host_gib"] <= found["host_peak_gib"] < 1000
+
+
+class FakeWandb(ModuleType):
+    """What we call of wandb, remembered."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
+        self.begun: list[dict[str, Any]] = []
+        self.logged: list[dict[str, float]] = []
+        self.ended = 0
+
+    def init(self, **settings: Any) -> "FakeWandb":
+        self.begun.append(settings)
+        return self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, values: dict[str, float]) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.ended += 1
+
+
+def test_a_resumed_run_continues_its_curve_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = Config(monitor=MonitorConfig(wandb="project"))
+    first = Monitor(config, tmp_path, active=True)
+    first.started(0)
+    first.log(1, {"loss": 2.0})
+    first.started(0)  # after a rewind
+    state = json.loads(json.dumps(first.state()))
+    first.close()
+    again, other = Monitor(config, tmp_path, active=True), Monitor(config, tmp_path / "other", active=True)
+    again.started(1, state)
+    other.started(0)
+    again.log(2, {"loss": 1.5}, split="validation")
+    assert [begun["id"] for begun in fake.begun[:2]] == [state["wandb"]] * 2 and len(fake.begun) == 3
+    assert fake.begun[2]["id"] != state["wandb"] and again.state() == state
+    assert fake.begun[0]["project"] == "project" and fake.begun[0]["resume"] == "allow"
+    assert fake.logged[0]["step"] == 1 and fake.logged[0]["train/loss"] == 2.0
+    assert fake.logged[1] == {"step": 2, "validation/loss": 1.5} and fake.ended == 1
+    silent = Monitor(config, tmp_path, active=False)
+    silent.started(1, state)
+    assert len(fake.begun) == 3 and silent.state() == {}
+
+
+def test_wandb_that_cannot_begin_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeWandb()
+    monkeypatch.setattr(fake, "init", lambda **settings: 1 / 0, raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monitor = Monitor(Config(monitor=MonitorConfig(wandb="project")), tmp_path, active=True)
+    monitor.started(0)
+    monitor.log(1, VALUES)
+    assert "W&B is off in this run: ZeroDivisionError" in capsys.readouterr().err and len(lines(tmp_path)) == 2
+    assert monitor.state()["wandb"], "the id is kept for an attempt that reaches it"
+
+
+def test_wandb_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"wandb is not installed: pip install megapre\[wandb\]"):
+        metrics.check_sinks(Config(monitor=MonitorConfig(wandb="project")))
