@@ -511,4 +511,20 @@ KERNELS = (
         f"{LONG}[attention-whole]",
         "attention splits share keys",
     ),
+    Mutant(
+        "triton-wide-norm-forgets-the-blocks-distance",
+        "megapre/kernels/triton/norm.py",
+        "            spread += step * step * before * share\n",
+        "",
+        f"{TRITON}norm.py",
+        "The spread of a wide row without that between its blocks",
+    ),
+    Mutant(
+        "head-blocks-merged-without-their-maxima",
+        "megapre/kernels/linear_cross_entropy.py",
+        "    return top, (totals * torch.exp(maxima - base)).sum(0), targets.sum(0), levels.sum(0)",
+        "    return top, totals.sum(0), targets.sum(0), levels.sum(0)",
+        "tests/kernels/test_linear_cross_entropy.py::test_losses_and_gradients[cpp-(33, 32, 1088, 1050)-dtype2-plain]",
+        "The head's blocks of columns merged as if they had one maximum",
+    ),
 )

@@ -17,6 +17,7 @@ from megapre.kernels import cuda
 from megapre.kernels import cuda_functions as functions
 from megapre.kernels.attention import Chain
 from megapre.kernels.cuda_attention import attention_cuda
+from megapre.kernels.linear_cross_entropy import alone
 from megapre.random import philox
 from tests.kernels import attention_cases
 
@@ -113,6 +114,13 @@ def rope(device, q_heads, k_heads, dim, dtype, interleaved, tokens=(5, 2)) -> Re
         lambda q, k: (exact_rope(q, cos, sin, interleaved), exact_rope(k, cos, sin, interleaved)),
         [q, k], TOLERANCE[dtype],
     )  # fmt: skip
+    own = [t.clone().requires_grad_() for t in (q, k)]
+    turned = functions.rope_qk(*(t.clone() for t in own), cos, sin, interleaved, True)
+    torch.autograd.backward(turned, [t.clone() for t in (q, k)])
+    exact = [t.double().requires_grad_() for t in (q, k)]
+    torch.autograd.backward([exact_rope(t, cos, sin, interleaved) for t in exact], [t.double() for t in (q, k)])
+    for a, b in zip(own, exact):
+        yield a.grad, b.grad, TOLERANCE[dtype]
     fused = torch.cat([q, k, k], 2)  # q, k and v of one projection
     views = fused[:, :, :q_heads], fused[:, :, q_heads : q_heads + k_heads]
     cuda.rope(*views, cos, sin, interleaved=interleaved, inverse=False, inplace=True)
@@ -184,6 +192,23 @@ def cross_entropy(device, columns, valid, dtype, rows=4, smoothing=0.0, z_loss=0
         yield logits[1], torch.zeros(columns, device=device), 0.0
     if stride:
         assert storage[:, columns:].isnan().all()
+
+
+def head_loss(device, columns, valid, rows=5, width=24, shared=False, smoothing=0.1, z_loss=1e-2) -> Result:
+    """Linear + cross-entropy in fp32: losses, dx, dW; ``shared``: with an exchange, so by two kernels and not one."""
+    x, weight = draw(rows, width, device=device), draw(columns, width, device=device, seed=1)
+    targets = torch.arange(rows, device=device) * 7 % valid
+    scale, main = torch.linspace(0.0, 2.0, rows, device=device), torch.ones(columns, width, device=device)
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    losses = exact_loss(exact[0] @ exact[1].t(), targets, valid, smoothing, z_loss)
+    (losses * scale.double()).sum().backward()
+    more = {"exchange": lambda *statistics: alone(*statistics)} if shared else {}
+    ours, dx = functions.linear_cross_entropy(
+        x, weight, targets, scale, valid, main_grad=main, smoothing=smoothing, vocab=valid, z_loss=z_loss, **more
+    )
+    yield ours, torch.where(scale == 0, 0.0, losses), 3 * TOLERANCE[FP32]
+    yield dx, exact[0].grad, 5 * TOLERANCE[FP32]
+    yield main - 1, exact[1].grad, 5 * TOLERANCE[FP32]
 
 
 def extreme_logits(device, fused) -> Result:
@@ -336,6 +361,8 @@ SHORT = {
     "loss-odd": (cross_entropy, 77, 70, FP32, 4, 0.1, 1e-2, False, 83),
     "loss-fused": (cross_entropy, 1048, 1043, BF16, 4, 0.1, 1e-2, True),
     "loss-shared": (cross_entropy, 33800, 33797, BF16, 2, 0.1, 0.0, True),
+    "head-loss": (head_loss, 133, 130),
+    "head-loss-shared": (head_loss, 133, 130, 5, 24, True),
     "adamw": (adamw, 1031, BF16),
     "adamw-off": (adamw, 300, None, True, True),
     "square-sum": (square_sum, 4099, BF16),
