@@ -6,6 +6,7 @@ That each learns, `benchmarks/learning.py` shows.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megapre.config.load import load
 from megapre.config.schema import Config
 from megapre.data.pack import plan
 from megapre.objectives.table import OBJECTIVES
+from megapre.training.resume import refuse_changes
 from megapre.verify.pool import RankPool
 from tests.data.test_objective_data import SPLIT, write
 from tests.training.jobs import losses, run, same
@@ -80,3 +82,19 @@ def test_a_resumed_example_ends_bitwise_where_it_would_have(
 def test_every_objective_has_an_example() -> None:
     """The architecture of ELECTRA is to come, and its job with it."""
     assert set(OBJECTIVES) - set(JOBS) <= {"replaced"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mask_unit", "word"), ("mask_span", 4.0), ("delete_probability", 0.1), ("permute_sentences", 1.0),
+        ("rotate_documents", 1.0), ("fim_rate", 0.9), ("fim_spm_rate", 0.1), ("mask_token", 3), ("cls_token", 3),
+        ("sep_token", 3), ("pad_token", 3), ("start_token", 3), ("sentinel_tokens", [3, 9]), ("fim_tokens", [1, 2, 3]),
+    ],
+)  # fmt: skip
+def test_a_run_does_not_resume_with_another_corruption(key: str, value: object, tmp_path: Path) -> None:
+    old, new = asdict(Config()), asdict(Config())
+    refuse_changes(old, new, tmp_path)
+    new["data"][key] = value
+    with pytest.raises(ValueError, match=rf"data\.{key}"):
+        refuse_changes(old, new, tmp_path)
