@@ -38,7 +38,7 @@ def flops_per_token(model: ModelConfig, vocab: int) -> float:
     Formula: arXiv 2104.04473 and PaLM's appendix B. With an encoder beside the decoder all is counted per token of the
     decoder: source / sequence tokens of the encoder, and cross-attention.
     """
-    output = 6.0 * model.hidden * vocab
+    output = 6.0 * model.n_embedding * vocab
     if model.architecture == "two_stream":  # the query stream has all but keys and values
         keys = 2 * model.hidden * model.n_kv_heads * model.head_dim
         return 2 * _stack(model) - 6.0 * model.layers * keys + output

@@ -33,7 +33,14 @@ def made(model: ModelConfig) -> tuple[Config, Engine]:
 MOE = replace(LLAMA, experts=8, experts_per_token=2, capacity_factor=1.0, shared_experts=1, router_bias=True)
 
 
-@pytest.mark.parametrize("model", [ModelConfig(), LLAMA, MOE], ids=["gpt2", "llama", "moe"])
+MODELS = {
+    "gpt2": ModelConfig(), "llama": LLAMA, "moe": MOE, "qwen3-window": replace(LLAMA, qk_norm=True, window=5),
+    "alibi": ModelConfig(positions="alibi"), "t5": ModelConfig(positions="t5"),
+    "post": ModelConfig(positions="sinusoidal", norm_placement="post", share_layers=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_the_cache_changes_nothing(model: ModelConfig) -> None:
     _, engine = made(model)
     ids = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
