@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megapre.config.schema import Config, ParallelConfig
+from megapre.config.schema import Config, ModelConfig, ParallelConfig
 from megapre.parallel.grid import Grid
 from megapre.parallel.pipeline.executor import Carried, Executor, StageLayers
 from megapre.parallel.pipeline.schedules import plans, stage_owners
@@ -161,13 +161,14 @@ def test_a_tuple_of_tensors_goes_through_any_schedule(
 ) -> None:
     """A tensor that passes unchanged is still there for backward, and its gradient is the sum of all who read it."""
     parallel = ParallelConfig(pipeline=pipeline, schedule=schedule, chunks=chunks, data=1)
+    config = Config(model=ModelConfig(layers=8), parallel=parallel)  # only its grid is used
     losses, gradients = truth()
-    every = threads.run(Config(parallel=parallel), pipeline, work, parallel, recomputed, True)
+    every = threads.run(config, pipeline, work, parallel, recomputed, True)
     found = next(results for results, _ in every if results)
     torch.testing.assert_close(torch.stack(sorted(found)), torch.stack(sorted(losses)), msg=f"seed {SEED}")
     mine = {number: gradient for _, held in every for number, gradient in held.items()}
     for number, gradient in enumerate(gradients):
         torch.testing.assert_close(mine[number], gradient, msg=f"seed {SEED}, layer {number}")
-    every = threads.run(Config(parallel=parallel), pipeline, work, parallel, recomputed, False)
+    every = threads.run(config, pipeline, work, parallel, recomputed, False)
     found = next(results for results, _ in every if results)
     torch.testing.assert_close(torch.stack(found), torch.stack(losses), msg=f"seed {SEED}")
