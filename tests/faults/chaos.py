@@ -142,7 +142,7 @@ def kills(count: int, rng: random.Random, folder: Path, pool: RankPool) -> str:
                 time.sleep(rng.uniform(0, 0.5))
             victims = job_.ranks()
             os.kill(rng.choice(victims), signal.SIGKILL)
-            job_.until(lambda v=victims: all(map(ended, v)), 10)  # type: ignore[misc]
+            job_.until(lambda v=victims: all(map(ended, v)), 60)  # type: ignore[misc]
             phases[phase] += 1
         seen = job_.lines()
         job_.until(lambda: job_.lines() > seen + 3)
@@ -159,8 +159,11 @@ def catches(pid: int) -> bool:
     return bool(int(lines[1].split()[0], 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
-def signals(count: int, rng: random.Random, folder: Path, pool: RankPool) -> str:
-    """SIGTERM or SIGUSR1 to supervisor, group or one rank at a random instant of the run's life, ``count`` times."""
+def signals(count: int, rng: random.Random, folder: Path, pool: RankPool, limit: float = 120.0) -> str:
+    """SIGTERM or SIGUSR1 to supervisor, group or one rank at a random instant of the run's life, ``count`` times.
+
+    ``limit`` is the most seconds from signal to end; start-up, which a busy machine stretches, is part of it.
+    """
     job_ = Run(folder, interval=50)
     longest = 0.0
     try:
@@ -186,7 +189,7 @@ def signals(count: int, rng: random.Random, folder: Path, pool: RankPool) -> str
             code = job_.process.wait(120)
             longest = max(longest, time.monotonic() - began)
             assert code == 75, (code, number, target, job_.tail())
-            assert longest < 30, f"{longest:.0f} s after {number} to the {target}"
+            assert longest < limit, f"{longest:.0f} s after {number} to the {target}"
             assert job_.newest() == max(job_.steps(), before), "steps were lost"
     finally:
         job_.close()

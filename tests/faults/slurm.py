@@ -139,7 +139,7 @@ class Cluster:
             assert time.monotonic() < end, f"it never happened: {told()}"  # type: ignore[operator]
             time.sleep(0.1)
 
-    def ended(self, job: int | str, seconds: float = 120.0) -> dict[str, str]:
+    def ended(self, job: int | str, seconds: float = 240.0) -> dict[str, str]:
         """Fields of a job that has ended for good."""
         final = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
         self.until(lambda: self.state(job)["JobState"] in final, seconds, lambda: self.state(job))

@@ -81,7 +81,7 @@ def run_until_stopped(cluster: Cluster, site: Path, number: int, run_dir: Path, 
     return stopped(cluster, site, run_dir, layout)
 
 
-def stopped(cluster: Cluster, site: Path, run_dir: Path, layout: str = "1x1x2", seconds: float = 40) -> int:
+def stopped(cluster: Cluster, site: Path, run_dir: Path, layout: str = "1x1x2", seconds: float = 120) -> int:
     cluster.until(lambda: saved(run_dir) > 0, seconds, lambda: said(site))
     write(site, small(site, saved(run_dir) + 5, layout, run_dir.name))
     return saved(run_dir)
@@ -150,7 +150,7 @@ def test_a_sweep_runs_one_job_a_line_and_each_resumes(cluster: Cluster, site: Pa
     runs = [site / "runs" / f"sweep-{number}" / str(task) for task in (1, 2)]
     cluster.until(lambda: all(steps_done(path) > 5 for path in runs), 120, lambda: said(site))
     cluster.run("scancel", "--batch", "--signal=USR1", str(number))
-    cluster.until(lambda: all(saved(path) for path in runs), 40, lambda: said(site))
+    cluster.until(lambda: all(saved(path) for path in runs), 120, lambda: said(site))
     write(site, small(site, max(map(saved, runs)) + 5, "1x1x1"))
     for task, path in enumerate(runs, start=1):
         ended = cluster.ended(f"{number}_{task}")
@@ -179,7 +179,7 @@ def test_a_sweep_runs_one_job_a_line_and_each_resumes(cluster: Cluster, site: Pa
 def test_missing_variables_and_odd_launches_are_refused(command: str, told: str, cluster: Cluster, site: Path) -> None:
     write(site, small(site, 5))
     number = cluster.submit(site, "--nodes=2", "--ntasks=2", "--output=job.out", "--wrap", command)
-    ended = cluster.ended(number, 60)
+    ended = cluster.ended(number)
     text = (site / "job.out").read_text()
     assert ended["ExitCode"] == "2:0" and told in text and "Traceback" not in text, text
     lines = [line for line in text.splitlines() if line.startswith("megapre: ")]
