@@ -240,8 +240,8 @@ KERNELS = (
     Mutant(
         "triton-norm-partial-sums-race",
         "megapre/kernels/triton/norm.py",
-        "    tl.store(partial + program * width + column, dweight, mask=inside)",
-        "    tl.store(partial + column, dweight, mask=inside)",
+        "out.to(dx.dtype.element_ty), mask=inside)\n    tl.store(partial + program * width + column, dweight",
+        "out.to(dx.dtype.element_ty), mask=inside)\n    tl.store(partial + column, dweight",
         f"{TRITON}norm.py",
         "All programs write the first row of partial sums",
     ),

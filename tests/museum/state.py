@@ -107,8 +107,8 @@ STATE = (
     Mutant(
         "weights-not-copied-after-a-load",
         "megapre/training/resume.py",
-        "    step.optimizer.copy_to_model()\n",
-        "",
+        "    step.optimizer.copy_to_model()\n    step.optimizer.steps",
+        "    step.optimizer.steps",
         f"{RESUME}[2x1x2+sp+zero1-bf16]",
         "OLMo-core: masters restored, the model's weights not",
     ),

@@ -32,8 +32,8 @@ MUTANTS = (
     Mutant(
         "norm-counts-replicas",
         "megapre/optim/clip.py",
-        "if slot.primary and a < b:",
-        "if a < b:",
+        "if slot.primary and a < b and",
+        "if a < b and",
         f"{LAYOUTS}[gpt-2x1x1]",
         "Megatron-LM PR #5916: grad-norm off by sqrt(TP)",
     ),
@@ -282,8 +282,8 @@ MUTANTS = (
     Mutant(
         "stages-divide-gradients-again",
         "megapre/parallel/pipeline/executor.py",
-        "tuple(g for g in gradients if g is not None)",
-        "tuple(g / 2 for g in gradients if g is not None)",
+        "torch.zeros_like(x) if g is None else g for x, g in needed",
+        "torch.zeros_like(x) if g is None else g / 2 for x, g in needed",
         f"{LAYOUTS}[gpt-1x2x1]",
         "DeepSpeed PR #8154: every stage's gradient scaled once more",
     ),
