@@ -59,15 +59,15 @@ def phase(stack: str) -> str:
     return phase_of([(file, int(line), function) for file, line, function in FRAME.findall(stack)])
 
 
-def phase_of(frames: Sequence[tuple[str, int, str]]) -> str:
+def phase_of(frames: Sequence[tuple[str, int | None, str]]) -> str:
     """Forward, backward, loader, eval, save, optimizer or start; ``collective`` when it waits for peers.
 
-    ``frames`` are (file, line, function), the innermost first.
+    ``frames`` are (file, line, function), the innermost first; generated code has no line.
     """
     if not frames:
         return "an unknown phase"
     file, line, _ = frames[0]
-    waits = "wait(" in linecache.getline(file, line) or "distributed_c10d" in file or "parallel/comm.py" in file
+    waits = "wait(" in linecache.getline(file, line or 0) or "distributed_c10d" in file or "parallel/comm.py" in file
     if waits:
         return "collective"
     for file, _, function in frames:
