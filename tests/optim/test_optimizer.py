@@ -16,12 +16,11 @@ from megapre.data.loader import Counts
 from megapre.optim.muon import COEFFICIENTS
 from megapre.parallel.grid import single
 from megapre.training.engine import build
-from megapre.training.resume import restore
 from megapre.verify.cells import batches, every, parse
 from megapre.verify.pool import RankPool
 from tests.optim.test_layouts import job as small
-from tests.training.jobs import VOCAB, corpus, job, logical, losses, run, same
-from tests.training.test_reshard import places
+from tests.training.jobs import corpus, job, logical, losses, run, same
+from tests.training.test_reshard import loads_and_saves_all
 from tests.training.test_resume import resumed
 
 SEED = random.SystemRandom().randrange(10**6)
@@ -49,18 +48,7 @@ def test_state_loads_into_every_layout(kind: str, pool: RankPool, tmp_path: Path
         bool(value.any()) for name, value in truth.items() if "exp_avg" in name and "attention.k.bias" not in name
     )
     for target in random.Random(SEED + 1).sample(cells, 4):
-        other = check(target.apply(config), target.world)
-        seen: dict[str, int] = {}
-        for grid in places(other):
-            engine = build(other, grid, CPU, VOCAB)
-            restore(path, other, engine.step)
-            for address, piece in engine.step.optimizer.pieces(share=False):
-                box = truth[address.name].view(address.shape)
-                box = box[tuple(slice(o, o + n) for o, n in zip(address.offset, address.size))]
-                assert torch.equal(piece, box.flatten()[address.start : address.end]), f"{address} {SEED=}"
-            for address, _ in engine.step.optimizer.pieces(share=True):
-                seen[address.name] = seen.get(address.name, 0) + address.end - address.start
-        assert seen == {name: value.numel() for name, value in truth.items()}, f"{source} to {target}; {SEED=}"
+        loads_and_saves_all(path, config, target, truth, f"from {source}, {SEED=}")
 
 
 @pytest.mark.parametrize("kind", ["muon", "adafactor"])

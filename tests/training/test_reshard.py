@@ -56,6 +56,22 @@ def places(config: Config) -> list[Grid]:
     return grids
 
 
+def loads_and_saves_all(path: Path, config: Config, target: Cell, truth: dict[str, Tensor], told: str) -> None:
+    """Every rank of ``target`` reads its part of ``truth``; together they would save each element once."""
+    other = check(target.apply(config), target.world)
+    seen: dict[str, int] = {}
+    for grid in places(other):
+        engine = build(other, grid, torch.device("cpu"), VOCAB)
+        restore(path, other, engine.step)
+        for address, piece in engine.step.optimizer.pieces(share=False):
+            box = truth[address.name].view(address.shape)
+            box = box[tuple(slice(o, o + n) for o, n in zip(address.offset, address.size))]
+            assert torch.equal(piece, box.flatten()[address.start : address.end]), f"{address} {target} {told}"
+        for address, _ in engine.step.optimizer.pieces(share=True):
+            seen[address.name] = seen.get(address.name, 0) + address.end - address.start
+    assert seen == {name: value.numel() for name, value in truth.items()}, f"{target} saves another set; {told}"
+
+
 @pytest.mark.parametrize("source", [Cell(), *random.Random(SEED).sample(WIDE, 3), ZERO[3]], ids=str)
 def test_loads_into_every_layout(source: Cell, pool: RankPool, tmp_path: Path) -> None:
     prefix = corpus(tmp_path / "text")
@@ -66,15 +82,4 @@ def test_loads_into_every_layout(source: Cell, pool: RankPool, tmp_path: Path) -
     truth = logical(path)
     assert len({name.split("/")[0] for name in truth}) == 3  # weights and both moments
     for target in CELLS + ZERO:
-        other = check(target.apply(config), target.world)
-        seen: dict[str, int] = {}
-        for grid in places(other):
-            engine = build(other, grid, torch.device("cpu"), VOCAB)
-            restore(path, other, engine.step)
-            for address, piece in engine.step.optimizer.pieces(share=False):
-                box = truth[address.name].view(address.shape)
-                box = box[tuple(slice(o, o + n) for o, n in zip(address.offset, address.size))]
-                assert torch.equal(piece, box.flatten()[address.start : address.end]), f"{address} {SEED=}"
-            for address, _ in engine.step.optimizer.pieces(share=True):
-                seen[address.name] = seen.get(address.name, 0) + address.end - address.start
-        assert seen == {name: value.numel() for name, value in truth.items()}, f"{target} saves another set; {SEED=}"
+        loads_and_saves_all(path, config, target, truth, f"{SEED=}")
