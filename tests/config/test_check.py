@@ -181,7 +181,8 @@ def test_good_jobs_pass(settings: dict[str, Any]) -> None:
 def test_every_number_and_choice_has_a_rule() -> None:
     """A new field must be given a range or choices here, or be named as one that needs none."""
     free = {
-        "optimizer.freeze", "data.mask_token", "data.cls_token", "data.sep_token", "data.pad_token", "data.start_token",
+        "monitor.wandb", "optimizer.freeze",
+        "data.mask_token", "data.cls_token", "data.sep_token", "data.pad_token", "data.start_token",
         "data.sentinel_tokens", "data.fim_tokens",
         "data.paths", "data.weights", "data.split", "data.tokenizer_model", "train.run_dir",
         "parallel.layers_per_stage", "precision.initial_loss_scale", "checkpoint.load",

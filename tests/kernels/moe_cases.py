@@ -98,7 +98,9 @@ def check_ways(
     assert merged.dtype == dtype and x_.grad.dtype == dtype and weights_.grad.dtype == narrow
     found = (x_.grad, dx, dtype), (merged, out, dtype), (y_.grad, dy, dtype), (weights_.grad, dw, narrow)
     for result, exact, precision in found:  # the weights' gradient is never rounded to the type of y
-        assert exact.error(result) <= TOLERANCE[precision], f"{seed=}"
+        # Of a single element even one rounding may cost more than a norm of many ever shows.
+        limit = max(TOLERANCE[precision], torch.finfo(precision).eps / 2)
+        assert exact.error(result) <= limit, f"{seed=}"
 
 
 class _Sum:

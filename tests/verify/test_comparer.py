@@ -39,7 +39,7 @@ def test_nan_is_the_worst() -> None:
 
 
 def test_a_baseline_that_overflows_allows_nothing() -> None:
-    base = {"gradient/a": float("inf"), "gradient/b": 1e-7, "loss/0": 1e-8}
+    base = {"gradient/a": float("inf"), "gradient/b": 1e-7, "gradient/c": 1e-7, "loss/0": 1e-8}
     assert _limit("gradient/a", base, 2.0**-24) == 0.0
     assert _limit("gradient/b", base, 2.0**-24) == 2e-7
 

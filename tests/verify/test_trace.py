@@ -60,13 +60,16 @@ def test_a_real_step_holds_and_sends_what_trace_says(job: str, layout: str, pool
     config, vocab_size = scaled_down(JOBS[job])
     config = check(cell.apply(config), cell.world)
     carry = (config.model.sequence + config.model.source_sequence) * config.train.microbatch * config.model.hidden * 4
-    for rank, (static, peak, traffic) in enumerate(pool.run(cell.world, real, config, vocab_size)):
+    # gloo's own thread may let go of a tensor late, when it pleases; what the step holds is there in every run
+    runs = [pool.run(cell.world, real, config, vocab_size) for _ in range(3 if cell.world > 1 else 1)]
+    for rank, measured in enumerate(zip(*runs)):
         found = trace(config, vocab_size, rank)
-        assert (found.static, found.traffic) == (static, traffic), f"rank {rank}"
+        held = min(peak.pop("activations") for _, peak, _ in measured)
         # A message over gloo is under way for a while, one over the fake group is not.
         messages = 4 * carry if cell.pipeline > 1 else 0
-        assert abs(peak.pop("activations") - found.peak.pop("activations")) <= messages, f"rank {rank}"
-        assert found.peak == peak, f"rank {rank}"
+        assert abs(held - found.peak.pop("activations")) <= messages, f"rank {rank}"
+        for static, peak, traffic in measured:
+            assert (found.static, found.traffic, found.peak) == (static, traffic, peak), f"rank {rank}"
 
 
 def test_recompute_lowers_the_peak() -> None:
