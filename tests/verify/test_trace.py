@@ -65,8 +65,9 @@ def test_a_real_step_holds_and_sends_what_trace_says(job: str, layout: str, pool
     for rank, measured in enumerate(zip(*runs)):
         found = trace(config, vocab_size, rank)
         held = min(peak.pop("activations") for _, peak, _ in measured)
-        # A message over gloo is under way for a while, one over the fake group is not.
-        messages = 4 * carry if cell.pipeline > 1 else 0
+        # A message over gloo is under way for a while, one over the fake group is not. The statistics of a loss, a few
+        # numbers a token, may outlive all three peaks; a layer's activation (carry) may not.
+        messages = 4 * carry if cell.pipeline > 1 else min(1024, carry // 4) if cell.world > 1 else 0
         assert abs(held - found.peak.pop("activations")) <= messages, f"rank {rank}"
         for static, peak, traffic in measured:
             assert (found.static, found.traffic, found.peak) == (static, traffic, peak), f"rank {rank}"
