@@ -144,6 +144,11 @@ class ModelConfig:
         return self.experts > 0 and place > 0 and place % self.moe_every == 0
 
     @property
+    def gathers_choices(self) -> bool:
+        """Whether routers count the choices of whole sequences, which several ranks may hold."""
+        return bool(self.router_aux_loss or self.capacity_factor)
+
+    @property
     def n_expert_hidden(self) -> int:
         """Width of an expert with the default resolved."""
         return self.expert_hidden or self.n_ffn

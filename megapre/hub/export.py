@@ -16,8 +16,7 @@ from megapre.checkpoint import store
 from megapre.config.schema import Config
 from megapre.hub.families import Family, family, family_of
 from megapre.hub.folder import INDEX, SINGLE
-from megapre.hub.link import their_shapes
-from megapre.hub.load import links_of
+from megapre.hub.link import Link, their_shapes
 from megapre.models.spec import tensors
 from megapre.parallel.placement import Address
 
@@ -63,7 +62,10 @@ def _shards(
 ) -> Iterator[dict[str, Tensor]]:
     """Their tensors, in groups of at most ``limit`` bytes."""
     shapes = {spec.name: spec.shape for spec in tensors(config.model, vocab_size)}
-    holding = links_of(config.model, kind)
+    holding: dict[str, list[Link]] = {}
+    """Their tensor -> the tensors of ours that it holds."""
+    for link in family(kind).links(config.model, kind):
+        holding.setdefault(link.theirs, []).append(link)
     sizes = their_shapes([link for links in holding.values() for link in links], shapes)
     group: dict[str, Tensor] = {}
     for name, links in holding.items():

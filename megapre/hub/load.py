@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
@@ -110,11 +110,3 @@ class Import:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return ", ".join(names[:MOST_NAMES]) + more
-
-
-def links_of(model: ModelConfig, kind: str) -> Mapping[str, list[Link]]:
-    """Their tensor -> the tensors of ours that it holds."""
-    found: dict[str, list[Link]] = {}
-    for link in family(kind).links(model, kind):
-        found.setdefault(link.theirs, []).append(link)
-    return found

@@ -79,7 +79,7 @@ class Router(nn.Module):
         weights = weights * model.router_scale
         if not ctx.training:
             return ids, weights, None
-        whole = self.whole(ids) if model.router_aux_loss or model.capacity_factor else ids
+        whole = self.whole(ids) if model.gathers_choices else ids
         weights = self.with_losses(ctx, weights, logits, scores, ids, whole)
         if not model.capacity_factor:
             return ids, weights, None

@@ -48,15 +48,14 @@ class Routing:
                 router.bias += step.to(router.bias.dtype)
 
     def metrics(self) -> dict[str, Tensor]:
-        """Largest load over the mean, by the worst layer, and both losses summed over layers; 0-d device tensors."""
+        """Largest load over the mean, by the worst layer, and losses summed over layers; 0-d device tensors."""
         if not self.layers:
             return {}
         loads = self.table[:, :-2]
-        return {
-            "expert_load": (loads.amax(1) / loads.mean(1)).max(),
-            "load_balance": self.table[:, -2].sum(),
-            "router_z": self.table[:, -1].sum(),
-        }
+        found = {"expert_load": (loads.amax(1) / loads.mean(1)).max(), "router_z": self.table[:, -1].sum()}
+        if self.config.gathers_choices:  # else a rank has counted the choices of its own part of a sequence alone
+            found["load_balance"] = self.table[:, -2].sum()
+        return found
 
     def pieces(self, *, share: bool) -> Iterator[tuple[Address, Tensor]]:
         """The biases as addressed flat tensors; with ``share`` one of the ranks that hold them speaks."""

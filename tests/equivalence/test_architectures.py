@@ -1,6 +1,6 @@
 """Every kind of block that a job can ask for computes the oracle's run, under every axis that cuts it.
 
-A line of ``FAMILIES`` is a family of models; each runs on four layouts, among them tensor with sequence parallelism
+A line of ``JOBS`` is a family of models; each runs on four layouts, among them tensor with sequence parallelism
 and, where the job allows it, a cut sequence.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -41,7 +40,7 @@ def paired(objective: str, **model: object) -> Config:
     return replace(job("fp32", **model, sentence_classes=2), data=DataConfig(objective=objective))
 
 
-FAMILIES = {
+JOBS = {
     "llama3": job(**LLAMA, kv_heads=2, rope_scaling="llama3", rope_factor=8.0, rope_original=64, rope_theta=5e5),
     "qwen2": job(**LLAMA, kv_heads=2, qkv_bias=True, rope_scaling="yarn", rope_factor=4.0, rope_original=64),
     "qwen3": job(**LLAMA, kv_heads=1, qk_norm=True, head_size=10, dropout=0.1, attention_dropout=0.1),
@@ -84,7 +83,7 @@ def allowed(name: str) -> list[str]:
     for layout in ring:
         cell = parse(layout)
         try:
-            check(cell.apply(scaled_down(FAMILIES[name])[0]), cell.world)
+            check(cell.apply(scaled_down(JOBS[name])[0]), cell.world)
             kept.append(layout)
         except ConfigError:
             continue
@@ -93,20 +92,7 @@ def allowed(name: str) -> list[str]:
     return [*first, *(layout for layout in kept if layout not in first)][:EACH]
 
 
-CASES = [(name, layout) for name in FAMILIES for layout in allowed(name)]
-
-
-@pytest.fixture(scope="module")
-def provers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prover]:
-    """One prover per family: oracle and unsharded baseline are computed once."""
-    made: dict[str, Prover] = {}
-
-    def prover(name: str) -> Prover:
-        if name not in made:
-            made[name] = Prover(*scaled_down(FAMILIES[name]), None, Path(tmp_path_factory.mktemp(name)))
-        return made[name]
-
-    return prover
+CASES = [(name, layout) for name in JOBS for layout in allowed(name)]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
@@ -119,4 +105,4 @@ def test_family_agrees_with_the_oracle(name: str, layout: str, provers: Callable
 
 
 def test_every_family_runs_on_four_layouts() -> None:
-    assert all(sum(case[0] == name for case in CASES) >= EACH for name in FAMILIES)
+    assert all(sum(case[0] == name for case in CASES) >= EACH for name in JOBS)

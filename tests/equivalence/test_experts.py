@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from megapre.config.schema import Config, ModelConfig, OptimizerConfig, PrecisionConfig
-from megapre.verify.cells import Cell, every, parse, scaled_down
+from megapre.verify.cells import Cell, every, parse
 from megapre.verify.run import STEPS, Prover
 
 MIXTRAL = Config(
@@ -50,19 +49,6 @@ CELLS = [
 MORE = [("mixtral", "2x1x1+sp"), ("deepseek", "2x1x2+ep:2+zero1"), ("deepseek", "2x1x2+ep:2+sp+zero2")]
 SEED = random.SystemRandom().randrange(10**6)
 DRAWN = [(job, cell) for job in JOBS for cell in random.Random(f"{SEED}/{job}").sample(list(every(8, experts=8)), 10)]
-
-
-@pytest.fixture(scope="module")
-def provers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prover]:
-    """One prover per job: oracle and unsharded baseline are computed once."""
-    made: dict[str, Prover] = {}
-
-    def prover(name: str) -> Prover:
-        if name not in made:
-            made[name] = Prover(*scaled_down(JOBS[name]), None, Path(tmp_path_factory.mktemp(name)))
-        return made[name]
-
-    return prover
 
 
 @pytest.mark.parametrize(

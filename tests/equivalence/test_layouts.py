@@ -45,19 +45,6 @@ JOBS = {"gpt": GPT, "bert": BERT, "llama": LLAMA, "palm": PALM}
 
 
 @pytest.fixture(scope="module")
-def provers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prover]:
-    """One prover per job, with threads for ranks: oracle and unsharded baseline are computed once."""
-    made: dict[str, Prover] = {}
-
-    def prover(name: str) -> Prover:
-        if name not in made:
-            made[name] = Prover(*scaled_down(JOBS[name]), None, Path(tmp_path_factory.mktemp(name)))
-        return made[name]
-
-    return prover
-
-
-@pytest.fixture(scope="module")
 def over_gloo(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Prover:
     """The GPT-like job on processes that talk over gloo, as training does."""
     return Prover(*scaled_down(GPT), pool, Path(tmp_path_factory.mktemp("gloo")))
@@ -76,9 +63,8 @@ PAIRS += [("llama", cell) for cell in [Cell(2), Cell(4, 1, 2, True, 1)]] + [("pa
 
 
 @pytest.mark.parametrize(("job", "cell"), PAIRS, ids=[f"{job}-{cell}" for job, cell in PAIRS])
-def test_layout_agrees_with_the_oracle(job: str, cell: Cell, provers: Callable[[str], Prover]) -> None:
-    for arm, _, (name, error, limit) in provers(job).both(cell):
-        assert error <= limit, f"{job} {cell} arm {arm}: {name} is off by {error:.2e}, limit {limit:.2e}"
+def test_layout_agrees_with_the_oracle(job: str, cell: Cell, agree: Callable[[str, Cell, bool], None]) -> None:
+    agree(job, cell, True)
 
 
 @pytest.mark.parametrize("instrument", ["fifo", "delay"])

@@ -137,7 +137,7 @@ def test_capacity_binds_in_training_alone() -> None:
 
 def test_metrics_of_a_uniform_router_are_the_known_ones() -> None:
     """Equal scores: every share is 1/E, so the load-balance loss is 1; z is log(E)^2; two of six experts get all."""
-    engine, _ = made(MODEL)
+    engine, _ = made(replace(MODEL, router_aux_loss=0.01))
     tensors(engine)["blocks.0.mlp.router.weight"].zero_()
     result = engine.step([microbatch(), microbatch()], Counts(60), 0, 1e-3)
     routing = {name: float(value) for name, value in result.routing.items()}
