@@ -93,7 +93,7 @@ class Adafactor(Rule):
         self._learn(shard, slots, gradient, (1 - rate) * now.kept)
         updates = [self._update(shard, slot, gradient) for slot in slots]
         parts = [shard.overlap(slot) for slot in slots]
-        squares = [torch.stack([u.square().sum(), shard.weight[p].square().sum()]) for u, p in zip(updates, parts)]
+        squares = [torch.stack([_square_sum(u), _square_sum(shard.weight[p])]) for u, p in zip(updates, parts)]
         means = self._sum(shard.bucket, slots, squares)
         for slot, part, u, (update, weights) in zip(slots, parts, updates, means):
             count = prod(slot.spec.shape)
@@ -110,9 +110,9 @@ class Adafactor(Rule):
         for slot in slots:
             row, column = (torch.zeros_like(moment) for moment in self.factors[slot.spec.name].moments)
             for r in self.factors[slot.spec.name].rectangles(shard):
-                squares = gradient[r.part].view(r.rows, r.columns).square() + SQUARE_FLOOR
-                row[r.row : r.row + r.rows] += squares.sum(1)
-                column[r.column : r.column + r.columns] += squares.sum(0)
+                part = gradient[r.part].view(r.rows, r.columns)
+                row[r.row : r.row + r.rows] += _square_sum(part, 1) + r.columns * SQUARE_FLOOR
+                column[r.column : r.column + r.columns] += _square_sum(part, 0) + r.rows * SQUARE_FLOOR
             sums.append(torch.cat([row, column]))
         for slot, total in zip(slots, self._sum(shard.bucket, slots, sums)):
             rows, columns = slot.spec.shape
@@ -128,7 +128,7 @@ class Adafactor(Rule):
             row = factors.row[r.row : r.row + r.rows] / factors.row.mean()
             column = factors.column[r.column : r.column + r.columns]
             here = update[r.part.start - part.start : r.part.stop - part.start].view(r.rows, r.columns)
-            here.mul_(torch.outer(row, column).clamp_(min=SQUARE_FLOOR).rsqrt_())
+            here.mul_(row.rsqrt().unsqueeze(1)).mul_(column.rsqrt())
         return update
 
     def _sum(self, bucket: Bucket, slots: Sequence[Slot], parts: Sequence[Tensor]) -> list[Tensor]:
@@ -152,6 +152,11 @@ class Adafactor(Rule):
                     shape = tuple(moment.shape)
                     address = Address(f"exp_avg_sq_{kind}/{slot.spec.name}", shape, (0,), shape, 0, moment.numel())
                     yield address, moment
+
+
+def _square_sum(x: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of squares without a temporary of them."""
+    return torch.linalg.vector_norm(x, dim=dim).square()
 
 
 class AdafactorVector(Adafactor):

@@ -200,6 +200,8 @@ class Stack:
     """Bytes per element of a gradient on the wire."""
     gradient_bytes: float = 4.0
     """Bytes held per element of a gradient."""
+    moment_bytes: tuple[float, float] = (8.0, 8.0)
+    """Bytes per element of the optimizer's own state: of the blocks' matrices, of embedding and output layer."""
     master_bytes: float = 4.0
     """Bytes per element of master weights beside the model's; 0 where they are the same memory."""
     separate_sum: bool = False
@@ -318,6 +320,10 @@ def layout_of(config: Config) -> Layout:
     )
 
 
+MOMENT_BYTES = {"adamw": (8.0, 8.0), "lion": (4.0, 4.0), "muon": (4.0, 8.0), "adafactor": (0.0, 0.0)}
+"""``optimizer.kind`` -> ``Stack.moment_bytes``. Vectors are counted as matrices: they are too few to be seen."""
+
+
 def from_config(config: Config, device: Device, vocab: int) -> Job:
     """The plan of a megapre job on ``device``, run by megapre itself."""
     dtype = config.precision.dtype
@@ -325,6 +331,7 @@ def from_config(config: Config, device: Device, vocab: int) -> Job:
         dtype=dtype,
         attention="unfused" if config.model.attention_dropout else "flash2",
         engine="megapre",
+        moment_bytes=MOMENT_BYTES[config.optimizer.kind],
         master_bytes=0.0 if dtype in ("fp32", "fp64") else 4.0,
         gradient_bytes=8.0 if dtype == "fp64" else 4.0,
         reduced_bytes=8 if dtype == "fp64" else 4,

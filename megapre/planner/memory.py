@@ -60,6 +60,8 @@ class Elements:
     """Of the largest block, experts included. ZeRO-2 and 3 hold two neighbouring layers whole at a time."""
     head: float
     """Of the output layer's table; 0 where the rank has none."""
+    tables: float
+    """Of embedding and output layer, a shared one counted once."""
 
     @property
     def pair(self) -> float:
@@ -86,7 +88,7 @@ def elements(job: Job, rank: int) -> Elements:
     split = layout.expert * layout.expert_tensor
     counts, owned = stage_layers(shape, layout), owners(layout)
     first_moe = shape.layers - shape.moe_layers
-    dense = experts = done = 0.0
+    dense = experts = tables = done = 0.0
     largest = 0.0
     has_table = has_head = False
     for stage, (count, owner) in enumerate(zip(counts, owned)):
@@ -99,12 +101,15 @@ def elements(job: Job, rank: int) -> Elements:
             dense, experts = dense + number * shared, experts + number * routed / split
             largest = max(largest, shared + routed / split)
         if stage == 0:
+            tables += table
             dense += table + (shape.sequence * shape.hidden if shape.learned_positions else 0)
             has_table = True
         if stage == len(counts) - 1:
             has_head = True
-            dense += shape.norm + (0 if shape.tied and has_table else table)
-    return Elements(dense, experts, largest, float(table) if has_head else 0.0)
+            own = 0 if shape.tied and has_table else table
+            tables += own
+            dense += shape.norm + own
+    return Elements(dense, experts, largest, float(table) if has_head else 0.0, tables)
 
 
 def memory(job: Job, rank: int = 0) -> Memory:
@@ -118,7 +123,9 @@ def memory(job: Job, rank: int = 0) -> Memory:
 
     weights = split(3) * stack.width
     gradients = split(2) * stack.gradient_bytes
-    optimizer = split(1) * (8.0 * max(1.0, stack.width / 4) + stack.master_bytes)
+    wide, (of_blocks, of_tables) = max(1.0, stack.width / 4), stack.moment_bytes
+    tables = held.tables / (groups[0][1] if layout.zero else 1)
+    optimizer = split(1) * (of_blocks * wide + stack.master_bytes) + tables * (of_tables - of_blocks) * wide
     if layout.offload != "none":
         optimizer = 0.0
     if layout.offload == "parameters":

@@ -16,8 +16,8 @@ LAYOUTS = ["1x1x1", "2x1x2+sp+zero1", "4x1x1+sp", "1x2x2+zero2", "2x1x2+zero3", 
 
 
 def job(kind: str, experts: int = 0, **optimizer: object) -> tuple[Config, int]:
-    """A model in which no gradient is zero but for rounding, of which Lion takes the sign and Adafactor the direction: that
-    of the bias of keys is, and that of the router's row of an expert that nobody chose, without a load-balance loss."""
+    """A model in which no gradient is zero but for rounding, of which Lion takes the sign and Adafactor the direction:
+    that of the bias of keys is, and that of a router's row whose expert nobody chose, without a load-balance loss."""
     model = ModelConfig(
         heads=4, kv_heads=2, bias=False, norm="rmsnorm", positions="rope", activation="swiglu",
         experts=experts, experts_per_token=2, router_aux_loss=0.01 if experts else 0.0, layers=4,

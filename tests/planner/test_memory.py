@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megapre.config.check import check
-from megapre.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig, TrainConfig
+from megapre.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, TrainConfig
 from megapre.models import spec
 from megapre.planner import hardware
 from megapre.planner.job import Layout, from_config, shape_of
@@ -51,6 +51,10 @@ LAYOUTS = {
     "llama-ulysses": (job(SHORT, "bf16", 8, 4, data=1, context=2, context_method="ulysses"), 0),
     "llama-ring": (job(SHORT, "bf16", 4, 4, data=1, context=2, tensor=2), 0),
 }  # fmt: skip
+LAYOUTS |= {
+    kind: (replace(job(SHORT, "bf16", 8, 2, data=2, tensor=2, zero=1), optimizer=OptimizerConfig(kind=kind)), 0)
+    for kind in ("lion", "muon", "adafactor")
+}
 WITHIN = 0.03
 LONG = ("llama-ring", "gpt-fp32", "llama-gpipe", "gpt-tp2-sp")
 """Traces that take seconds and tell little more than the others."""
