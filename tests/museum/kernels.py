@@ -1,4 +1,4 @@
-"""Seeded bugs of the CUDA sources, run on the CPU by the SIMT machine, and of the Triton kernels, interpreted."""
+"""Seeded bugs of the CUDA sources, run on the CPU by the SIMT machine, and of what calls them and the C++ kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from tests.museum.mutant import Mutant
 SHORT = "tests/kernels/simt/test_cuda_on_cpu.py::test_short_list_in_every_order"
 LONG = "tests/kernels/simt/test_cuda_on_cpu.py::test_long_list"
 SANITIZER = "tests/kernels/simt/test_sanitizers.py::test_short_list"
-TRITON = "tests/kernels/triton/test_values_"
 
 KERNELS = (
     Mutant(
@@ -153,227 +152,6 @@ KERNELS = (
         "residual statistics of x",
     ),
     Mutant(
-        "triton-adamw-bias-correction",
-        "megapre/kernels/triton/optimizer.py",
-        "    tl.store(out + 3, (one / tl.sqrt(one - _power(BETA2, count))).to(tl.float32))",
-        "    tl.store(out + 3, (one / tl.sqrt(one - _power(BETA2, count + 1))).to(tl.float32))",
-        f"{TRITON}optimizer.py",
-        "The step is counted from 0",
-    ),
-    Mutant(
-        "triton-adamw-skip-leaves-model",
-        "megapre/kernels/triton/optimizer.py",
-        "        tl.store(model + at, w.to(model.dtype.element_ty), mask=inside)",
-        "        tl.store(model + at, w.to(model.dtype.element_ty), mask=at < n - start)",
-        f"{TRITON}optimizer.py",
-        "A skipped step writes the model's copy",
-    ),
-    Mutant(
-        "triton-cross-entropy-ignored-rows",
-        "megapre/kernels/triton/cross_entropy.py",
-        "    return factor, uniform * scale, keep * scale, tl.where(live, valid, 0)",
-        "    return factor, uniform * scale, keep * scale, valid",
-        f"{TRITON}cross_entropy.py",
-        "0 x NaN in an ignored row",
-    ),
-    Mutant(
-        "triton-cross-entropy-no-rescaling",
-        "megapre/kernels/triton/cross_entropy.py",
-        "    total = total * tl.exp2((top - base) * LOG2E) + tl.sum(tl.exp2((wide - base) *"
-        " LOG2E), 0)",
-        "    total = total + tl.sum(tl.exp2((wide - base) * LOG2E), 0)",
-        f"{TRITON}cross_entropy.py",
-        "The running sum keeps the exponent of an older maximum",
-    ),
-    Mutant(
-        "triton-cross-entropy-pad-columns",
-        "megapre/kernels/triton/cross_entropy.py",
-        "    grad = tl.where(column < limit, tl.exp2((wide - lse) * LOG2E) * factor - less, 0.0)",
-        "    grad = tl.exp2((wide - lse) * LOG2E) * factor - less",
-        f"{TRITON}cross_entropy.py",
-        "Pad columns get the smoothing's share",
-    ),
-    Mutant(
-        "triton-dropout-lane-order",
-        "megapre/kernels/triton/dropout.py",
-        "    word = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))",
-        "    word = tl.interleave(tl.interleave(a, b), tl.interleave(c, d))",
-        f"{TRITON}dropout.py",
-        "The four words of a counter in another order",
-    ),
-    Mutant(
-        "triton-dropout-upper-sample-bits",
-        "megapre/kernels/triton/dropout.py",
-        "    k0 = zero + ((sample >> 32).to(tl.uint32) ^ seed.to(tl.uint32))",
-        "    k0 = zero + ((sample >> 63).to(tl.uint32) ^ seed.to(tl.uint32))",
-        f"{TRITON}dropout.py",
-        "Samples 2^32 apart share a mask",
-    ),
-    Mutant(
-        "triton-geglu-slope",
-        "megapre/kernels/triton/activation.py",
-        "        rise *= 2.0 * ROOT + (6.0 * ROOT * CUBIC) * x * x",
-        "        rise *= 2.0 * ROOT + (2.0 * ROOT * CUBIC) * x * x",
-        f"{TRITON}activation.py",
-        "The cube's derivative without its 3",
-    ),
-    Mutant(
-        "triton-norm-bound-off-by-one",
-        "megapre/kernels/triton/norm.py",
-        "    row = tl.program_id(0).to(tl.int64)\n"
-        "    column = tl.arange(0, BLOCK)\n"
-        "    inside = column < width",
-        "    row = tl.program_id(0).to(tl.int64)\n"
-        "    column = tl.arange(0, BLOCK)\n"
-        "    inside = column <= width",
-        f"{TRITON}norm.py",
-        "A row reads and writes one element of the next",
-    ),
-    Mutant(
-        "triton-norm-padding-in-variance",
-        "megapre/kernels/triton/norm.py",
-        "        wide = tl.where(inside, wide - centre, 0.0)",
-        "        wide = wide - centre",
-        f"{TRITON}norm.py",
-        "Lanes past the row add the mean's square to the variance",
-    ),
-    Mutant(
-        "triton-norm-partial-sums-race",
-        "megapre/kernels/triton/norm.py",
-        "out.to(dx.dtype.element_ty), mask=inside)\n    tl.store(partial + program * width + column, dweight",
-        "out.to(dx.dtype.element_ty), mask=inside)\n    tl.store(partial + column, dweight",
-        f"{TRITON}norm.py",
-        "All programs write the first row of partial sums",
-    ),
-    Mutant(
-        "triton-rope-interleaved-sign",
-        "megapre/kernels/triton/rope.py",
-        "            d = (b * cos + a * sin).to(out.dtype.element_ty)",
-        "            d = (b * cos - a * sin).to(out.dtype.element_ty)",
-        f"{TRITON}rope.py",
-        "A reflection instead of a rotation",
-    ),
-    Mutant(
-        "triton-rope-padded-half",
-        "megapre/kernels/triton/rope.py",
-        "            b = _read(at + HALF, inside, EVEN).to(tl.float32)",
-        "            b = _read(at + PAIRS, inside, EVEN).to(tl.float32)",
-        f"{TRITON}rope.py",
-        "The second half begins at the padded width",
-    ),
-    Mutant(
-        "triton-experts-tie-by-the-last",
-        "megapre/kernels/triton/moe.py",
-        "        found = tl.min(tl.where(keys == top[:, None], expert[None, :], EXPERTS), 1)",
-        "        found = tl.max(tl.where(keys == top[:, None], expert[None, :], 0), 1)",
-        f"{TRITON}moe.py",
-        "Of equal scores the last expert is taken",
-    ),
-    Mutant(
-        "triton-experts-dropped-choice-read",
-        "megapre/kernels/triton/moe.py",
-        "mask=inside & (row < kept), other=0.0).to(tl.float32)",
-        "mask=inside & (row <= kept), other=0.0).to(tl.float32)",
-        f"{TRITON}moe.py",
-        "A dropped choice reads the row after the last",
-    ),
-    Mutant(
-        "triton-experts-tile-runs-into-the-next",
-        "megapre/kernels/triton/moe.py",
-        "    tl.store(y + at, total.to(y.dtype.element_ty), mask=(row[:, None] < last) & (column[None, :] < outs))",
-        "    tl.store(y + at, total.to(y.dtype.element_ty), mask=(row[:, None] <= last) & (column[None, :] < outs))",
-        f"{TRITON}moe.py",
-        "An expert writes the first row of the next",
-    ),
-    Mutant(
-        "triton-experts-gradient-overwritten",
-        "megapre/kernels/triton/moe.py",
-        "    tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)",
-        "    tl.store(at, total, mask=inside)",
-        f"{TRITON}moe.py",
-        "The gradient of earlier microbatches is lost",
-    ),
-    Mutant(
-        "triton-experts-rows-of-the-neighbour",
-        "megapre/kernels/triton/moe.py",
-        "        mine = row < last",
-        "        mine = row < tl.load(bounds + tl.num_programs(2))",
-        f"{TRITON}moe.py",
-        "The last tile of an expert's rows takes in the next expert's",
-    ),
-    Mutant(
-        "triton-experts-weight-gradient-narrow",
-        "megapre/kernels/triton/moe.py",
-        "        tl.store(dy + row * width + column, (up * weight).to(dy.dtype.element_ty), mask=inside)",
-        "        tl.store(dy + row * width + column, up.to(dy.dtype.element_ty), mask=inside)",
-        f"{TRITON}moe.py",
-        "A row's gradient without its weight",
-    ),
-    Mutant(
-        "triton-attention-no-rescaling",
-        "megapre/kernels/triton/attention.py",
-        "    total = total * factor + tl.sum(weights, 1)",
-        "    total = total + tl.sum(weights, 1)",
-        f"{TRITON}attention.py",
-        "The sum keeps the exponent of an older maximum",
-    ),
-    Mutant(
-        "triton-attention-edge-off-by-one",
-        "megapre/kernels/triton/attention.py",
-        "        seen = seen & (j + k_offset <= i + q_offset)",
-        "        seen = seen & (j + k_offset < i + q_offset)",
-        f"{TRITON}attention.py",
-        "A query does not see itself",
-    ),
-    Mutant(
-        "triton-attention-wrong-group",
-        "megapre/kernels/triton/attention.py",
-        "    block, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)",
-        "    block, group, b = tl.program_id(0), tl.program_id(1) * 0, tl.program_id(2).to(tl.int64)",
-        f"{TRITON}attention.py",
-        "All keys' gradients are the first group's",
-    ),
-    Mutant(
-        "triton-attention-whole-tiles-one-too-many",
-        "megapre/kernels/triton/attention.py",
-        "        whole = tl.minimum(whole, reads // COLUMNS * COLUMNS)",
-        "        whole = tl.minimum(whole, (reads // COLUMNS + 1) * COLUMNS)",
-        f"{TRITON}attention.py",
-        "The tile on the diagonal is not masked",
-    ),
-    Mutant(
-        "triton-attention-document-boundary",
-        "megapre/kernels/triton/attention.py",
-        "    return (first <= last) & (k_from <= q_to) & (k_to >= q_from) & near",
-        "    return (first <= last) & (k_from < q_to) & (k_to >= q_from) & near",
-        f"{TRITON}attention.py",
-        "A tile of the next document is skipped too early",
-    ),
-    Mutant(
-        "triton-attention-rng-coordinates",
-        "megapre/kernels/triton/attention.py",
-        "zero + sample.to(tl.uint32), zero + (i + q_offset).to(tl.uint32), zero + (place >> 2).to(tl.uint32),",
-        "zero + sample.to(tl.uint32), zero + (place >> 2).to(tl.uint32), zero + (i + q_offset).to(tl.uint32),",
-        f"{TRITON}attention.py",
-        "Query and key change places in dropout's counter",
-    ),
-    Mutant(
-        "triton-attention-no-delta",
-        "megapre/kernels/triton/attention.py",
-        "    return dropped, weights * (inner - delta)",
-        "    return dropped, weights * inner",
-        f"{TRITON}attention.py",
-        "The backward pass without the softmax's own term",
-    ),
-    Mutant(
-        "triton-attention-diagonal-wraps",
-        "megapre/kernels/triton/attention.py",
-        "            before += tl.sum(tl.where(place + along < TILE, 0.0, turned), 0)",
-        "            behind += tl.sum(tl.where(place + along < TILE, 0.0, turned), 0)",
-        f"{TRITON}attention.py",
-        "Diagonals that wrap count for those behind",
-    ),
-    Mutant(
         "cuda-attention-lax-wait",
         "csrc/cuda/attention_forward.cuh",
         "    ptx::copy_wait<0>();\n"
@@ -510,14 +288,6 @@ KERNELS = (
         "  for (int key = 0; key < p.t; key += p.splits * KEYS) {",
         f"{LONG}[attention-whole]",
         "attention splits share keys",
-    ),
-    Mutant(
-        "triton-wide-norm-forgets-the-blocks-distance",
-        "megapre/kernels/triton/norm.py",
-        "            spread += step * step * before * share\n",
-        "",
-        f"{TRITON}norm.py",
-        "The spread of a wide row without that between its blocks",
     ),
     Mutant(
         "head-blocks-merged-without-their-maxima",

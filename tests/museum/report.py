@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.museum.exhibits import EXHIBITS
-from tests.museum.kernels import KERNELS
-from tests.museum.run import ALL
+from tests.museum.table import ALL, OF_KERNELS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "museum.md"
 START, END = "<!-- museum -->\n", "<!-- end of museum -->"
@@ -17,10 +16,10 @@ def table() -> str:
     """Counts, exhibits with their mutants, and exhibits without one with the reason."""
     shown = [exhibit for exhibit in EXHIBITS if exhibit.mutants]
     used = {name for exhibit in EXHIBITS for name in exhibit.mutants}
-    others = [mutant for mutant in ALL if mutant.name not in used and mutant not in KERNELS]
+    others = [mutant for mutant in ALL if mutant.name not in used and mutant not in OF_KERNELS]
     lines = [
         f"{len(EXHIBITS)} exhibits, {len(shown)} with a mutant; {len(ALL)} mutants, "
-        f"of which {len(KERNELS)} are of kernels and {len(others)} stand for no exhibit.",
+        f"of which {len(OF_KERNELS)} are of kernels and {len(others)} stand for no exhibit.",
         "",
         "| | bug | mutants |",
         "|---|---|---|",
@@ -31,7 +30,7 @@ def table() -> str:
     lines += ["", "| | bug | why it has no mutant |", "|---|---|---|"]
     lines += [f"| B{e.number:02d} | {e.bug} | {e.later} |" for e in EXHIBITS if not e.mutants]
     lines += ["", "| other mutants | what they re-create |", "|---|---|"]
-    lines += [f"| `{mutant.name}` | {mutant.note} |" for mutant in (*others, *KERNELS)]
+    lines += [f"| `{mutant.name}` | {mutant.note} |" for mutant in (*others, *OF_KERNELS)]
     return "\n".join(lines) + "\n"
 
 

@@ -25,20 +25,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.museum.architectures import ARCHITECTURE_MUTANTS
-from tests.museum.blocks import BLOCK_MUTANTS
-from tests.museum.data import DATA
-from tests.museum.experts import EXPERT_MUTANTS
-from tests.museum.kernels import KERNELS
 from tests.museum.mutant import Mutant
-from tests.museum.objectives import OBJECTIVE_MUTANTS
-from tests.museum.state import STATE
-from tests.museum.table import MUTANTS, QUICK
+from tests.museum.table import ALL, QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("megapre", "tests", "csrc")
 SECONDS = 600
-ALL = (*MUTANTS, *BLOCK_MUTANTS, *ARCHITECTURE_MUTANTS, *EXPERT_MUTANTS, *OBJECTIVE_MUTANTS, *DATA, *STATE, *KERNELS)
 CONTROL = Mutant(
     "control", "megapre/parallel/placement.py", "import", "import", "tests/parallel/test_layout.py", "changes nothing"
 )

@@ -11,8 +11,8 @@ import pytest
 
 from tests.museum import report
 from tests.museum.exhibits import EXHIBITS
-from tests.museum.run import ALL, CONTROL, plant
-from tests.museum.table import QUICK
+from tests.museum.run import CONTROL, plant
+from tests.museum.table import ALL, QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {mutant.name for mutant in ALL}
