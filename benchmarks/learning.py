@@ -2,7 +2,8 @@
 
 Runs the jobs of examples/objectives through `megapre train` on this machine's Python standard library, each on two
 ranks or four, and compares the held-out loss with the best that a model without any context could reach: the unigram
-entropy of the very targets that are asked for, or ln 2 for a choice of two. Exits with 1 when a job does not get below.
+entropy of the very targets that are asked for, or ln 2 for a choice of two. Exits with 1 when a job does not get clearly
+below.
 ``--write`` puts the table of all jobs that have run so far in the folder into docs/learning.md.
 """
 
@@ -28,6 +29,8 @@ from megapre.training.loss import loss_parts
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "learning.md"
 START, END = "<!-- learning -->\n", "<!-- end of learning -->"
+CLEARLY = 0.98
+"""Share of the loss without context that is below it by more than a few hundred held-out samples leave open."""
 HEAD = (
     "| objective | layout | steps | seconds | loss | held-out | without context | |",
     "|---|---|--:|--:|---|--:|--:|---|",
@@ -60,7 +63,7 @@ def main() -> int:
         before, after = text[: text.index(START) + len(START)], text[text.index(END) :]
         DOCS.write_text(before + "\n".join([*HEAD, *lines(rows)]) + "\n" + after)
     losses = [loss for row in rows.values() for loss in row["losses"]]
-    return 1 if any(loss["held_out"] >= loss["chance"] for loss in losses) else 0
+    return 1 if any(loss["held_out"] >= CLEARLY * loss["chance"] for loss in losses) else 0
 
 
 def measure(name: str, folder: Path) -> dict:
@@ -105,7 +108,7 @@ def lines(rows: dict[str, dict]) -> list[str]:
     made = []
     for name, row in sorted(rows.items()):
         for loss in row["losses"]:
-            better = "below" if loss["held_out"] < loss["chance"] else "NOT BELOW"
+            better = "below" if loss["held_out"] < CLEARLY * loss["chance"] else "not shown"
             made.append(
                 f"| `{name}` | {row['layout']} | {row['steps']} | {row['seconds']:.0f} | "
                 f"{loss['name']} | {loss['held_out']:.3f} | {loss['chance']:.3f} | {better} |"
