@@ -2,8 +2,8 @@
 
 Runs the jobs of examples/objectives through `megapre train` on this machine's Python standard library, each on two
 ranks or four, and compares the held-out loss with the best that a model without any context could reach: the unigram
-entropy of the very targets that are asked for, or ln 2 for a choice of two. Exits with 1 when a job does not get clearly
-below.
+entropy of the very targets that are asked for, or ln 2 for a choice of two. Exits with 1 when a job does not get
+clearly below.
 ``--write`` puts the table of all jobs that have run so far in the folder into docs/learning.md.
 """
 

@@ -103,6 +103,28 @@ struct Tiles {
     return p * (Floats)((Ints)t << 23);
   }
 
+  // Tiles 0 to 3 are a block [32, 32] of C, whose rows 0 and 16 begin at c0 and c1: its values, or zeros.
+  template <bool ADD>
+  INLINE void open(const float* c0, const float* c1, int64_t ldc) {
+    if (ADD) {
+      _tile_loadd(0, c0, ldc * 4);
+      _tile_loadd(1, c0 + 16, ldc * 4);
+      _tile_loadd(2, c1, ldc * 4);
+      _tile_loadd(3, c1 + 16, ldc * 4);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  INLINE void close(float* c0, float* c1, int64_t ldc) {
+    _tile_stored(0, c0, ldc * 4);
+    _tile_stored(1, c0 + 16, ldc * 4);
+    _tile_stored(2, c1, ldc * 4);
+    _tile_stored(3, c1 + 16, ldc * 4);
+  }
+
   // k: a multiple of 32. The barriers keep ordinary accesses on their side of the tile instructions.
   template <bool ADD>
   static void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* b_, int64_t ldb, int64_t m,
@@ -112,17 +134,7 @@ struct Tiles {
     for (int64_t j = 0; j < n; j += 32)
       for (int64_t i = 0; i < m; i += 32) {
         float *c0 = c + i * ldc + j, *c1 = c0 + 16 * ldc;
-        if (ADD) {
-          _tile_loadd(0, c0, ldc * 4);
-          _tile_loadd(1, c0 + 16, ldc * 4);
-          _tile_loadd(2, c1, ldc * 4);
-          _tile_loadd(3, c1 + 16, ldc * 4);
-        } else {
-          _tile_zero(0);
-          _tile_zero(1);
-          _tile_zero(2);
-          _tile_zero(3);
-        }
+        open<ADD>(c0, c1, ldc);
         const bf16* from = a + i * lda;
         const uint32_t* words = b + j;
         for (int64_t l = 0; l < k; l += 32) {
@@ -135,10 +147,7 @@ struct Tiles {
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
         }
-        _tile_stored(0, c0, ldc * 4);
-        _tile_stored(1, c0 + 16, ldc * 4);
-        _tile_stored(2, c1, ldc * 4);
-        _tile_stored(3, c1 + 16, ldc * 4);
+        close(c0, c1, ldc);
       }
     asm volatile("" ::: "memory");
   }

@@ -34,17 +34,7 @@ static void strip(float* c, int64_t ldc, const bf16* a, int64_t lda, const uint3
   asm volatile("" ::: "memory");
   for (int64_t j = 0; j < n; j += SIDE) {
     float *c0 = c + j, *c1 = c0 + 16 * ldc;
-    if (ADD) {
-      _tile_loadd(0, c0, ldc * 4);
-      _tile_loadd(1, c0 + 16, ldc * 4);
-      _tile_loadd(2, c1, ldc * 4);
-      _tile_loadd(3, c1 + 16, ldc * 4);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    Tiles::open<ADD>(c0, c1, ldc);
     const uint32_t* words = b + j / SIDE * panel;
     for (int64_t l = 0; l < k; l += 32, words += 16 * SIDE) {
       _tile_loadd(4, a + l, lda * 2);
@@ -57,10 +47,7 @@ static void strip(float* c, int64_t ldc, const bf16* a, int64_t lda, const uint3
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, c0, ldc * 4);
-    _tile_stored(1, c0 + 16, ldc * 4);
-    _tile_stored(2, c1, ldc * 4);
-    _tile_stored(3, c1 + 16, ldc * 4);
+    Tiles::close(c0, c1, ldc);
   }
   asm volatile("" ::: "memory");
 }
