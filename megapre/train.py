@@ -14,6 +14,7 @@ from typing import Any
 from megapre.checkpoint import store
 from megapre.config.load import to_toml
 from megapre.config.schema import Config
+from megapre.data import native
 from megapre.data.check import check_data
 from megapre.data.loader import Loader, validation
 from megapre.hub.folder import is_folder
@@ -56,8 +57,9 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
             monitor.text(placement(ranks, device))
         elif device.type == "cuda":
             print(placement(ranks, device), flush=True)
-        for line in report(engine.kernels, device):
-            monitor.text(line)
+        for line in [*report(engine.kernels, device), native.missing()]:
+            if line:
+                monitor.text(line)
         if config.resilience.selftest:
             selftest(grid, device, engine.model.dtype)
         state = resume(config, engine, monitor.text)

@@ -33,6 +33,13 @@ def library(path: Path = LIBRARY) -> ctypes.CDLL | None:
     return found
 
 
+def missing(path: Path = LIBRARY) -> str:
+    """What a run says when the references in Python take the library's place; empty when it is there."""
+    if library(path) is not None:
+        return ""
+    return f"{path.name} is missing or older than its sources: data are read by slower Python until `make setup` builds it"
+
+
 def chairman(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
     """Source and rank of each slot of a period, int32; None without the library. MemoryError when there is none."""
     found = library()

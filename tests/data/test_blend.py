@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import random
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megapre.data import native
 from megapre.data.blend import Blend, round_weights
 
 
@@ -92,3 +94,9 @@ def test_refusals_name_the_path():
             round_weights(weights)
     with pytest.raises(ValueError, match=r"data\.paths"):
         round_weights([])
+
+
+def test_a_library_that_is_not_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "_data.so").write_bytes(b"half a copy")
+    for path in (tmp_path / "_data.so", tmp_path / "gone.so"):
+        assert native.missing(path).startswith(f"{path.name} is missing or older than its sources")
