@@ -37,7 +37,8 @@ def missing(path: Path = LIBRARY) -> str:
     """What a run says when the references in Python take the library's place; empty when it is there."""
     if library(path) is not None:
         return ""
-    return f"{path.name} is missing or older than its sources: data are read by slower Python until `make setup` builds it"
+    why = f"{path.name} is missing or older than its sources"
+    return f"{why}: Python reads the data, slower, until `make setup` builds it"
 
 
 def chairman(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:

@@ -31,6 +31,11 @@ LEAST = 1e-3
 """Seconds a step: shorter ones are noise."""
 
 
+Event = torch.cuda.Event
+Lap = tuple[Event, Event, list[tuple[Event, Event]]]
+"""Begin and end of a step, and of every wait in it."""
+
+
 class Waits:
     """Adds up what this rank waits for its peers, and so what a step takes without it."""
 
@@ -38,8 +43,9 @@ class Waits:
         self._cuda = device.type == "cuda"
         self._waited = 0.0
         self._since = time.perf_counter()
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[Event, Event]] = []
         self._mark = self._now() if self._cuda else None
+        self._lap: Lap | None = None
 
     def around(self, work: Work) -> Work:
         """``work`` whose wait is counted."""
@@ -57,23 +63,28 @@ class Waits:
         self._waited += time.perf_counter() - began
         return result
 
-    def lap(self) -> float:
-        """Seconds that this rank worked for itself since the last call; on a GPU waits for what was queued by then."""
+    def lap(self) -> float | None:
+        """Seconds that this rank worked for itself since the last call.
+
+        On a GPU those before the last call, None at first: what was queued by then has ended by now, so nobody waits.
+        """
         if self._cuda:
             assert self._mark is not None
-            now, events = self._now(), self._events
-            self._events = []
-            now.synchronize()
+            ended, self._lap = self._lap, (self._mark, self._now(), self._events)
+            self._mark, self._events = self._lap[1], []
+            if ended is None:
+                return None
+            first, last, events = ended
+            last.synchronize()
             waited = sum(before.elapsed_time(after) for before, after in events)
-            spent, self._mark = self._mark.elapsed_time(now), now
-            return (spent - waited) / 1e3
+            return (first.elapsed_time(last) - waited) / 1e3
         now_s = time.perf_counter()
         own, self._since, self._waited = now_s - self._since - self._waited, now_s, 0.0
         return own
 
     @staticmethod
-    def _now() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+    def _now() -> Event:
+        event = Event(enable_timing=True)
         event.record()
         return event
 
@@ -105,7 +116,10 @@ class Pace:
         """Count step ``index``, compare when a window is full."""
         if self._host.size == 1:
             return
-        self._laps.append(self._waits.lap())
+        own = self._waits.lap()
+        if own is None:
+            return
+        self._laps.append(own)
         if len(self._laps) < WINDOW:
             return
         mine = torch.tensor([float(self._stage), statistics.median(self._laps)], dtype=torch.float64)

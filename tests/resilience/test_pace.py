@@ -14,6 +14,7 @@ import torch
 from megapre.config.schema import Config
 from megapre.data.loader import Loader, StepBatch
 from megapre.parallel.pipeline.executor import _Run
+from megapre.resilience import pace
 from megapre.resilience.pace import LEAST, SLOW, Waits, slow
 from megapre.resilience.ranks import Ranks
 from megapre.verify.cells import parse
@@ -59,6 +60,37 @@ def test_what_a_rank_waits_is_not_its_own_time() -> None:
     time.sleep(0.05)
     assert 0.04 < waits.lap() < 0.2
     assert waits.lap() < 0.04
+
+
+def test_on_a_gpu_nobody_waits_for_the_step_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest event is never waited for; a step is measured when the next one has been queued."""
+    clock, made = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            made.append(self)
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def synchronize(self) -> None:
+            assert self is not made[-1], "the step that was just queued is waited for"
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+    class Queued:
+        def wait(self) -> None:
+            clock[0] += 30
+
+    monkeypatch.setattr(pace, "Event", Event)
+    waits = Waits(torch.device("cuda"))
+    laps = []
+    for own in (100.0, 200.0, 400.0):
+        clock[0] += own
+        waits.around(Queued()).wait()
+        laps.append(waits.lap())
+    assert laps == [None, pytest.approx(0.1), pytest.approx(0.2)]
 
 
 def run_slow(ranks: Ranks, config: Config, where: str) -> int:
