@@ -403,7 +403,8 @@ def flat(run: Run) -> dict[str, Any]:
     values: dict[str, Any] = {"id": run.id, "family": run.family, "model": run.model, "device": run.job.device.key}
     for name, _ in PARTS:
         values |= {f"{name}.{key}": value for key, value in asdict(getattr(run.job, name)).items()}
-    values.pop("layout.layers_per_stage")
+    for key in ("layout.layers_per_stage", "stack.moment_bytes"):  # tuples, the default in every run: even, and Adam's
+        values.pop(key)
     values |= {"nic": run.job.nic, "nvlink": run.job.nvlink, "assumed": " ".join(run.job.assumed)}
     return values | {"seconds": f"{run.seconds:.6g}", "memory_gib": run.memory, "source": run.source}
 
