@@ -20,7 +20,7 @@ from megapre.config.schema import Config
 from megapre.resilience import environment
 from megapre.resilience.ranks import ALONE, NodePlan, Ranks, discover, launched_world
 from megapre.resilience.signals import STOP_SIGNALS, StopRequest
-from megapre.resilience.worker import BAD_JOB, DONE, FAILED, is_refusal
+from megapre.resilience.worker import BAD_JOB, DONE, FAILED, STOPPED, is_refusal
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -58,11 +58,14 @@ def train(args: argparse.Namespace) -> int:
         _with_environment(config, plan)
 
     from megapre.data.check import check_data
+    from megapre.data.stage import stage
     from megapre.monitor.metrics import check_sinks
 
     check_sinks(config)
     check_data(config)
     check_start(config)
+    if not stage(config, stop.requested, lambda line: print(f"megapre: {line}", flush=True)):
+        return STOPPED
     if isinstance(plan, Ranks):
         from megapre.train import run
 

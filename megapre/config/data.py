@@ -76,5 +76,8 @@ class DataConfig:
     """Local folder for parts of remote paths (``s3://...``); empty: ``megapre-cache`` among the temporary files."""
     cache_gib: float = 8.0
     """Largest size of a rank's part of ``cache_dir``, in GiB."""
+    stage: str = ""
+    """Folder on the node's own disk that all of ``paths`` is copied to before the run, once a node; ``$NAME`` is a
+    variable of the node. Empty: they are read where they are."""
     skip_batches: list[int] = field(default_factory=list)
     """Numbers of global batches to leave out of the run; batch n holds samples [n G, (n + 1) G) of the order."""

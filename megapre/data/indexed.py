@@ -12,7 +12,7 @@ import struct
 import warnings
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import BinaryIO
@@ -43,19 +43,19 @@ class IndexedDataset:
     Raises ValueError, in one sentence, on a pair that is missing, cut short or inconsistent.
     """
 
-    def __init__(self, prefix: str, *, verify: bool = False, cache: Cache | None = None) -> None:
-        self.prefix, local = prefix, prefix
+    def __init__(
+        self, prefix: str, *, verify: bool = False, cache: Cache | None = None, staged: Callable[[str], str] = str
+    ) -> None:
+        """``staged`` says which file to open in the place of one of the pair's (`stage.Stage`)."""
+        self.prefix = prefix
+        tokens, index, record = (staged(prefix + suffix) for suffix in (".bin", ".idx", ".json"))
         self._bin: LocalFile | RemoteFile
-        if is_remote(prefix):
+        if is_remote(tokens):
             cache = cache or Cache("", 1 << 30)
-            self._bin = RemoteFile(prefix + ".bin", cache)
-            index, record = cache.copy(prefix + ".idx"), cache.copy(prefix + ".json")
-            if index is None:
-                raise ValueError(f"{prefix}.idx does not exist; data.paths holds prefixes of .bin/.idx pairs.")
+            self._bin = RemoteFile(tokens, cache)
         else:
-            self._bin = LocalFile(prefix + ".bin")
-            index, record = local + ".idx", local + ".json"
-        idx = _open(index)
+            self._bin = LocalFile(tokens)
+        idx = _open(_here(index, cache) or index)
         self.dtype, self.sequences, entries = _read_header(idx, prefix)
         self.n_documents = entries - 1
         s = self.sequences
@@ -69,7 +69,8 @@ class IndexedDataset:
         bin_bytes = self._bin.size
         self._check_ends(bin_bytes)
         self.total_tokens = bin_bytes // self.dtype.itemsize
-        self.sidecar = read_sidecar(record) if record else None
+        here = _here(record, cache)
+        self.sidecar = read_sidecar(here) if here else None
         if self.sidecar is None:
             warnings.warn(
                 f"{prefix}.json is missing: the tokenizer, the end-of-document id and the digests of {prefix} "
@@ -263,6 +264,11 @@ class IndexedDataset:
                     f"{self.prefix}{suffix} has digest {found[:12]} where its record says {digest[:12]}: "
                     "it was changed or damaged after it was written."
                 )
+
+
+def _here(path: str, cache: Cache | None) -> str | None:
+    """The path of a file on this machine, copied there when it is remote; None when a remote one does not exist."""
+    return cache.copy(path) if cache and is_remote(path) else path
 
 
 def _open(path: str) -> BinaryIO:

@@ -20,6 +20,7 @@ from megapre.data.order import SampleOrder, derive_key, split_documents
 from megapre.data.pack import Packs, open_packs
 from megapre.data.remote import Cache, is_remote
 from megapre.data.setting import make_setting
+from megapre.data.stage import Stage
 from megapre.objectives.example import Example, Setting, Window
 from megapre.objectives.table import OBJECTIVES
 from megapre.objectives.table import load as load_objective
@@ -226,8 +227,11 @@ def cut(sample: Sample, rows: int) -> list[Sample]:
 
 
 def open_sets(config: Config, cache: Cache | None) -> list[IndexedDataset]:
-    """The pairs of ``data.paths``, in order; a manifest stands for all that it lists."""
-    return [IndexedDataset(prefix, cache=cache) for path in config.data.paths for prefix in members(path)]
+    """The pairs of ``data.paths``, in order, or their copies on this node; a manifest stands for all that it lists."""
+    staged = Stage(config.data.stage) if config.data.stage else str
+    return [
+        IndexedDataset(prefix, cache=cache, staged=staged) for path in config.data.paths for prefix in members(path)
+    ]
 
 
 def make_cache(config: Config) -> Cache | None:

@@ -132,13 +132,19 @@ def write_json(path: str | Path, content: object) -> None:
 def read_sidecar(path: str | Path) -> Sidecar | None:
     """The sidecar at ``path``, or None when there is none; ValueError when it cannot be understood."""
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        record = content.pop("tokenizer", None)
-        tokenizer = TokenizerRecord(**record) if record is not None else None
-        sidecar = Sidecar(tokenizer=tokenizer, **content)
+        with open(path, "rb") as file:
+            return parse_sidecar(path, file.read())
     except FileNotFoundError:
         return None
+
+
+def parse_sidecar(path: str | Path, content: bytes) -> Sidecar:
+    """The sidecar that the file at ``path`` holds; ValueError when it cannot be understood."""
+    try:
+        fields_ = json.loads(content)
+        record = fields_.pop("tokenizer", None)
+        tokenizer = TokenizerRecord(**record) if record is not None else None
+        sidecar = Sidecar(tokenizer=tokenizer, **fields_)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a record that preprocess_data writes ({error}).") from error
     _check_types(path, sidecar)

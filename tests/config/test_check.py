@@ -187,7 +187,7 @@ def test_every_number_and_choice_has_a_rule() -> None:
         "data.paths", "data.weights", "data.split", "data.tokenizer_model", "train.run_dir",
         "parallel.layers_per_stage", "precision.initial_loss_scale", "checkpoint.load",
         "schedule.milestones", "schedule.factors", "train.batch_ramp", "train.sequence_ramp",
-        "data.stages", "data.cache_dir", "checkpoint.allow_changes", "data.skip_batches",
+        "data.stages", "data.stage", "data.cache_dir", "checkpoint.allow_changes", "data.skip_batches",
     }  # fmt: skip
     for table in dataclasses.fields(Config):
         for entry in dataclasses.fields(getattr(Config(), table.name)):
