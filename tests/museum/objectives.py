@@ -129,4 +129,12 @@ OBJECTIVE_MUTANTS = (
         f"{READ}::test_validation_counts_every_label_once",
         "the accuracy of a head counted over samples that are there to fill up",
     ),
+    Mutant(
+        "labels-of-the-neighbours",
+        "megapre/data/loader.py",
+        'labels=_row(arrays["label"], torch.int64),',
+        'labels=_row(arrays["label"][::-1], torch.int64),',
+        "tests/training/test_learning.py::test_the_order_of_counted_sentences_is_learnt",
+        "labels in another order than their texts: every number is finite and the loss stays at ln 2",
+    ),
 )

@@ -86,7 +86,7 @@ def same(a: Path, b: Path) -> None:
     assert state_a == state_b
 
 
-def losses(run_dir: Path, split: str = "train") -> dict[int, str]:
-    """Loss by step as hexadecimal floats."""
+def losses(run_dir: Path, split: str = "train", name: str = "loss") -> dict[int, str]:
+    """Loss of this name by step as hexadecimal floats."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: float(row["loss"]).hex() for row in rows if row.get("split") == split}
+    return {row["step"]: float(row[name]).hex() for row in rows if row.get("split") == split}
