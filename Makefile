@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 #   make setup TORCH_INDEX="--extra-index-url https://download.pytorch.org/whl/cpu"
 TORCH_INDEX ?=
 
-.PHONY: setup test demo docs lint nightly faults-full slurm clean
+.PHONY: setup test demo docs lint nightly bench-env faults-full slurm clean
 
 setup: $(VENV)/.ready
 
@@ -55,6 +55,17 @@ nightly: setup $(if $(filter faults,$(LANE)),slurm)
 	MEGATRON_CORE_PATH=build/megatron $(BIN)/python -m pytest -rs --durations=15 \
 		$(if $(LANE),-m "not gpu" $(wildcard $(addprefix tests/,$($(LANE)))),-m nightly)
 	test "$(LANE)" != faults || $(BIN)/python -m tests.faults.series
+
+# The stacks that benchmarks/train/run.py compares with, in an environment of their own; torch is the same.
+# litgpt's model needs none of the packages whose versions it asks for.
+BENCH := build/bench
+bench-env: setup
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install -q -c constraints.txt setuptools wheel numpy
+	$(BENCH)/bin/python -m pip install -q -c constraints.txt $(TORCH_INDEX) torch
+	$(BENCH)/bin/python -m pip install -q -c constraints.txt -c benchmarks/train/constraints.txt --no-build-isolation \
+		transformers lightning jsonargparse ninja deepspeed
+	$(BENCH)/bin/python -m pip install -q -c benchmarks/train/constraints.txt --no-deps litgpt
 
 # The counts of a release, hours of it, as root; its table goes into docs/operations.md. ROWS=kills,soak runs some.
 faults-full: setup

@@ -92,6 +92,24 @@ def adamw(count: int = 4_000_000) -> Callable[[], Any]:
     )
 
 
+def ceiling(dtype: str, threads: int = 1, rounds: int = 3) -> tuple[float, float]:
+    """FLOP/s of wall time and of a CPU second of the fastest product of `SIZES`, into memory that is there already.
+
+    What a step's model FLOPs are held against: no step can be faster, as it does other things beside products.
+    """
+    torch.set_num_threads(threads)
+    best = (0.0, 0.0)
+    for inputs, outputs in SIZES:
+        x, w = torch.randn(TOKENS, inputs, dtype=DTYPES[dtype]), torch.randn(outputs, inputs, dtype=DTYPES[dtype])
+        y = torch.mm(x, w.T)
+        for _ in range(rounds):
+            wall, cpu = time.perf_counter(), time.process_time()
+            torch.mm(x, w.T, out=y)
+            taken = time.perf_counter() - wall, time.process_time() - cpu
+            best = max(best[0], 2.0 * y.numel() * inputs / taken[0]), max(best[1], 2.0 * y.numel() * inputs / taken[1])
+    return best
+
+
 Times = dict[Any, list[float]]
 
 

@@ -1,4 +1,4 @@
-"""Tables of docs/kernels.md, each between a comment that names its script and the comment that ends it."""
+"""Tables of docs/kernels.md and other pages, each between a comment that names its script and one that ends it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 END = "<!-- end of the table -->"
 
 
-def write(script: str, table: str) -> None:
-    """Put ``table`` where the page has the table of ``script``."""
+def write(script: str, table: str, page: Path = PAGE) -> None:
+    """Put ``table`` where ``page`` has the table of ``script``."""
     begin = f"<!-- {script} -->"
-    before, rest = PAGE.read_text().split(begin)
-    PAGE.write_text(f"{before}{begin}\n{table}\n{END}{rest.split(END, 1)[1]}")
+    before, rest = page.read_text().split(begin)
+    page.write_text(f"{before}{begin}\n{table}\n{END}{rest.split(END, 1)[1]}")
