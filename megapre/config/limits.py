@@ -53,7 +53,7 @@ CHOICES = {
     "train.device": ("auto", "cpu", "cuda"),
     "resilience.on_nonfinite": ("skip", "rerun"),
     "kernels.norm": ("auto", "cpp", "torch", "reference", "triton", "cuda", "apex"),
-    "kernels.attention": ("auto", "cpp", "flash", "sdpa", "reference", "triton", "cuda"),
+    "kernels.attention": ("auto", "cpp", "flash", "sdpa", "torch", "reference", "triton", "cuda"),
     "kernels.activation": ("auto", "cpp", "torch", "reference", "triton", "cuda"),
     "kernels.rope": ("auto", "cpp", "reference", "triton", "cuda"),
     "kernels.cross_entropy": ("auto", "cpp", "torch", "reference", "triton", "cuda"),

@@ -234,7 +234,7 @@ class KernelsConfig:
     norm: str = "auto"
     """LayerNorm and RMSNorm, each also with a residual sum before it."""
     attention: str = "auto"
-    """Scaled dot-product attention."""
+    """Scaled dot-product attention, by relative positions too."""
     activation: str = "auto"
     """GELU, bias + GELU, SwiGLU and GeGLU."""
     rope: str = "auto"

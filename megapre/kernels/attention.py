@@ -152,7 +152,7 @@ class Chain:
         ``bias`` fp32 [hq, s + t - 1] by distance (``mask.alibi``, ``mask.relative``); ``scale`` defaults to 1/sqrt(d).
         Raises ValueError for shapes that do not fit together.
         """
-        problem = _problem(q, k, v, mask, bias, dropout, scale)
+        problem = problem_of(q, k, v, mask, bias, dropout, scale)
         return self.pick(q, k, problem).run(q, k, v, problem)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Halves:
@@ -160,7 +160,7 @@ class Chain:
 
         ``options`` are those of :meth:`__call__`.
         """
-        problem = _problem(q, k, v, **options, wide=True)
+        problem = problem_of(q, k, v, **options, wide=True)
         version = self.pick(q, k, problem, halves=True)
         assert version.forward_ is not None
         return version.forward_(q, k, v, problem)
@@ -173,13 +173,13 @@ class Chain:
         ``lse`` and ``delta`` [b, hq, s] are those of the whole softmax: delta = sum over d of do x out. ``options`` are
         those of :meth:`__call__`.
         """
-        problem = _problem(q, k, v, **options, wide=True)
+        problem = problem_of(q, k, v, **options, wide=True)
         version = self.pick(q, k, problem, halves=True)
         assert version.backward_ is not None
         return version.backward_(do, q, k, v, lse, delta, problem)
 
 
-def _problem(
+def problem_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -189,6 +189,7 @@ def _problem(
     scale: float | None = None,
     wide: bool = False,
 ) -> Problem:
+    """What a call asks; ValueError where its shapes do not fit together."""
     (s, b, heads, d), t = q.shape, k.shape[0]
     what = f"attention of {list(q.shape)} over {list(k.shape)}"
     if k.shape != v.shape or k.shape[1] != b or k.shape[3] != d:
@@ -233,13 +234,13 @@ def _type(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _grouped(q: Tensor, k: Tensor) -> Tensor:
+def grouped(q: Tensor, k: Tensor) -> Tensor:
     """Queries as [b, kv heads, group, s, d] in the wide type."""
     return q.to(_type(q)).unflatten(2, (k.shape[2], -1)).permute(1, 2, 3, 0, 4)
 
 
 def _narrow(x: Tensor) -> Tensor:
-    """The inverse of ``_grouped``."""
+    """The inverse of ``grouped``."""
     return x.permute(3, 0, 1, 2, 4).flatten(2, 3)
 
 
@@ -248,10 +249,11 @@ def _wide(k: Tensor) -> Tensor:
     return k.to(_type(k)).permute(1, 2, 0, 3).unsqueeze(2)
 
 
-def _scores(q: Tensor, k: Tensor, p: Problem) -> Tensor:
-    """[b, kv heads, group, s, t], -inf where a query may not read."""
+def scores_of(q: Tensor, k: Tensor, p: Problem, more: Tensor | None = None) -> Tensor:
+    """[b, kv heads, group, s, t], -inf where a query may not read; ``more`` is added to the products of q and k."""
     s, t = q.shape[0], k.shape[0]
-    scores = _grouped(q, k) @ _wide(k).transpose(-1, -2) * p.scale
+    scores = grouped(q, k) @ _wide(k).transpose(-1, -2)
+    scores = (scores if more is None else scores + more) * p.scale
     if p.bias is not None:
         # Row i of the matrix of distances is the bias from entry s - 1 - i on.
         place = (s - 1 - torch.arange(s, device=q.device)).unsqueeze(1) + torch.arange(t, device=q.device)
@@ -274,7 +276,11 @@ def _kept(q: Tensor, k: Tensor, p: Problem) -> Tensor | None:
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> Halves:
     """Out and log-sum-exp, in torch operations that autograd follows."""
-    scores = _scores(q, k, p)
+    return weighted(scores_of(q, k, p), q, k, v, p)
+
+
+def weighted(scores: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Problem) -> Halves:
+    """Out and log-sum-exp of ``scores`` as ``scores_of`` gives them."""
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
     kept = _kept(q, k, p)
@@ -286,13 +292,13 @@ def _reference_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, p: Problem
 ) -> Gradients:
     lse, delta = (x.to(_type(q)).unflatten(1, (k.shape[2], -1)).unsqueeze(-1) for x in (lse, delta))
-    weights = torch.exp(_scores(q, k, p) - lse.masked_fill(lse == -torch.inf, torch.inf))
-    do_ = _grouped(do, k)
+    weights = torch.exp(scores_of(q, k, p) - lse.masked_fill(lse == -torch.inf, torch.inf))
+    do_ = grouped(do, k)
     dweights, kept = do_ @ _wide(v).transpose(-1, -2), _kept(q, k, p)
     dropped = weights if kept is None else weights * kept
     dscores = weights * ((dweights if kept is None else dweights * kept) - delta)
     dq = _narrow(dscores @ _wide(k)) * p.scale
-    dk = (dscores.transpose(-1, -2) @ _grouped(q, k)).sum(2).permute(2, 0, 1, 3) * p.scale
+    dk = (dscores.transpose(-1, -2) @ grouped(q, k)).sum(2).permute(2, 0, 1, 3) * p.scale
     dv = (dropped.transpose(-1, -2) @ do_).sum(2).permute(2, 0, 1, 3)
     dbias = None
     if p.bias is not None:

@@ -107,6 +107,8 @@ TABLE = (
     Version("attention", "attention", "reference", "attention:attention_reference", features=FEATURES["reference"]),
     Version("attention", "attention", "triton", "triton.attention:attention_triton", features=FEATURES["triton"]),
     Version("attention", "attention", "cuda", "cuda_attention:attention_cuda", features=FEATURES["cuda"]),
+    Version("relative_attention", "attention", "torch", "relative_attention:relative_attention_torch"),
+    Version("relative_attention", "attention", "reference", "relative_attention:relative_attention_reference"),
     Version("ce_statistics", "cross_entropy", "cpp", "cross_entropy:statistics_cpp"),
     Version("ce_statistics", "cross_entropy", "reference", "cross_entropy:statistics_reference"),
     Version("ce_statistics", "cross_entropy", "triton", "triton.cross_entropy:statistics_triton", strided=False),
@@ -192,6 +194,7 @@ class Kernels:
     rope: Callable[..., Any]
     rope_qk: Callable[..., Any]
     attention: Any  # Chain
+    relative_attention: Callable[..., Any]
     ce_statistics: Callable[..., Any]
     ce_gradient_: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]

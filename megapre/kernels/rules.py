@@ -104,6 +104,24 @@ def rope_qk(
     return rope(q, cos, sin) or rope(k, cos, sin)
 
 
+def relative_attention(
+    q: Tensor, k: Tensor, v: Tensor, asking: Tensor, keys: Tensor, other: Tensor | None = None,
+    segments: tuple[Tensor, Tensor] | None = None, **more: Any,
+) -> str:  # fmt: skip
+    """q and asking alike [s, b, hq, d], keys [s + t - 1, hq, d], other [s, b, hq] with segments [s, b] and [t, b]."""
+    if q.dim() != 4 or k.dim() != 4:
+        return f"q and k must be [seq, batch, heads, dim], not {list(q.shape)} and {list(k.shape)}"
+    (s, b, heads, d), (t, _, groups, _) = q.shape, k.shape
+    if (other is None) != (segments is None):
+        return "what a key of another segment adds needs the segments, and they need it"
+    found = _wants("k", k, [t, b, groups, d]) or _like("v", v, k) or _like("asking", asking, q)
+    found = found or _wants("keys", keys, [s + t - 1, heads, d])
+    for name, x, shape in (("other", other, [s, b, heads]), *zip(("segments of queries", "segments of keys"),
+                           segments or (None, None), ([s, b], [t, b]))):  # fmt: skip
+        found = found or _wants(name, x, shape)
+    return found
+
+
 def ce_statistics(logits: Tensor, targets: Tensor, valid: int) -> str:
     """logits [n, v], targets int64 [n], 0 <= valid <= v."""
     if logits.dim() != 2 or not 0 <= valid <= logits.shape[1]:
@@ -233,6 +251,7 @@ RULES: dict[str, Callable[..., str]] = {
     "bias_gelu": bias_gelu,
     "rope": rope,
     "rope_qk": rope_qk,
+    "relative_attention": relative_attention,
     "ce_statistics": ce_statistics,
     "ce_gradient_": ce_gradient_,
     "linear_cross_entropy": linear_cross_entropy,

@@ -111,9 +111,10 @@ def weights(asked: Asked, s: int, t: int, b: int) -> Tensor:
 
 
 def formula(
-    q: Tensor, k: Tensor, v: Tensor, asked: Asked, bias: Tensor | None = None, dropout: AttentionDropout | None = None
-) -> tuple[Tensor, Tensor]:
-    """Out [s, b, h, d] and log-sum-exp [b, h, s], one sample and head at a time."""
+    q: Tensor, k: Tensor, v: Tensor, asked: Asked, bias: Tensor | None = None, dropout: AttentionDropout | None = None,
+    more: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Out [s, b, h, d] and log-sum-exp [b, h, s], by sample and head; ``more`` [b, h, s, t] is added to the scores."""
     (s, b, heads, d), t = q.shape, k.shape[0]
     visible, group = weights(asked, s, t, b).to(q.device), heads // k.shape[2]
     out, sums = [], []
@@ -122,6 +123,7 @@ def formula(
             scores = q[:, n, h] @ k[:, n, h // group].T / math.sqrt(d)
             if bias is not None:
                 scores = scores + torch.stack([bias[h, s - 1 - i : s - 1 - i + t] for i in range(s)])
+            scores = scores if more is None else scores + more[n, h]
             top = scores.masked_fill(~visible[n], -torch.inf).amax(1, keepdim=True).detach()
             e = torch.exp(scores - top.nan_to_num(0.0, neginf=0.0)).masked_fill(~visible[n], 0.0)
             total = e.sum(1, keepdim=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megapre.config.schema import KernelsConfig
 from megapre.kernels import registry
+from megapre.kernels.mask import Mask
 from megapre.kernels.rules import RULES
 from megapre.random import native
 
@@ -55,6 +56,12 @@ CALLS: dict[str, Callable[[torch.dtype, torch.dtype], Call]] = {
     "bias_gelu": lambda t, w: ([draw(ROWS, WIDTH, dtype=t), draw(WIDTH, dtype=t)], {}),
     "rope": lambda t, w: ([draw(ROWS, BATCH, 3, WIDTH, dtype=t), *tables(w)], {}),
     "rope_qk": lambda t, w: ([*(draw(ROWS, BATCH, n, WIDTH, dtype=t) for n in (4, 2)), *tables(w)], {}),
+    "relative_attention": lambda t, w: (
+        [*(draw(n, BATCH, h, WIDTH, dtype=t) for n, h in ((ROWS, 4), (7, 2), (7, 2), (ROWS, 4))),
+         draw(ROWS + 6, 4, WIDTH, dtype=t), draw(ROWS, BATCH, 4, dtype=t),
+         (torch.arange(ROWS * BATCH).view(ROWS, BATCH) % 2, torch.arange(7 * BATCH).view(7, BATCH) % 2)],
+        dict(mask=Mask()),
+    ),
     "ce_statistics": lambda t, w: ([*logits(t, w)[:2], 13], {}),
     "ce_gradient_": lambda t, w: (logits(t, w), {"smoothing": 0.1, "vocab": 13}),
     "linear_cross_entropy": lambda t, w: (
@@ -134,7 +141,7 @@ def test_shapes(op):
     for place in places(call)[1:]:
         for change in (lambda x: torch.cat((x, x[..., :1]), -1), lambda x: x.unsqueeze(0)):
             wrong = changed(call, place, change)
-            with pytest.raises(ValueError, match=rf"^{op} cannot do this call: .*\[.*\(versions tried: cpp, "):
+            with pytest.raises(ValueError, match=rf"^{op} cannot do this call: .*\[.*\(versions tried: (cpp|torch), "):
                 getattr(ops(), op)(*wrong[0], **wrong[1])
 
 
