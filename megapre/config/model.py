@@ -44,11 +44,14 @@ class ModelConfig:
     ``swiglu`` or ``geglu`` (tanh form)."""
     positions: str = "learned"
     """``learned`` (GPT-2), ``sinusoidal`` (arXiv 1706.03762), ``rope`` (arXiv 2104.09864), ``alibi`` (arXiv
-    2108.12409), ``t5`` (a learned bias by distance, arXiv 1910.10683) or ``none``."""
+    2108.12409), ``t5`` (a learned bias by distance, arXiv 1910.10683), ``transformer_xl`` (sinusoids of the distance
+    meet the queries in every block, arXiv 1901.02860, XLNet) or ``none``."""
     relative_buckets: int = 32
     """``t5``: distances that are told apart."""
     relative_distance: int = 128
     """``t5``: distance from which all share the last bucket."""
+    relative_clamp: int = 0
+    """``transformer_xl``: distances beyond this one count as it. 0: none."""
     rope_theta: float = 10000.0
     """Base of the RoPE frequencies."""
     rope_interleaved: bool = False
@@ -70,6 +73,8 @@ class ModelConfig:
     """Whether linear layers have a bias."""
     qkv_bias: bool = False
     """Whether q, k and v have a bias where ``bias`` is false (Qwen2)."""
+    mlp_bias: bool = False
+    """Whether the MLP has biases where ``bias`` is false (XLNet)."""
     qk_norm: bool = False
     """Normalise every head's q and k, before RoPE, with weights [head size] shared by the heads (Qwen3)."""
     window: int = 0
@@ -78,6 +83,8 @@ class ModelConfig:
     """Factor of the attention scores; 1 in T5. 0 means 1 / sqrt(head size)."""
     tied_embeddings: bool = True
     """Whether the output layer shares the token embedding."""
+    output_bias: bool = False
+    """Whether the output layer has a bias where there is no ``mlm_transform``, which brings one (XLNet)."""
     output_scale: float = 1.0
     """Factor of the features that the output layer reads; 1 / sqrt(hidden) in the first T5, whose embedding is tied."""
     embedding_size: int = 0
@@ -87,7 +94,8 @@ class ModelConfig:
     embedding_norm: bool = False
     """Norm of the summed embeddings (BERT, BLOOM)."""
     token_types: int = 0
-    """Segments of text that have an embedding of their own (2 in BERT); tokens without a type have type 0."""
+    """Segments of text that have an embedding of their own (2 in BERT); tokens without a type have type 0. With
+    ``positions = "transformer_xl"`` scores know whether two tokens are of one type, instead (XLNet)."""
     mlm_transform: bool = False
     """Dense layer, activation and norm before the output layer, which then has a bias (BERT's masked-LM head)."""
     sentence_classes: int = 0
@@ -182,6 +190,16 @@ class ModelConfig:
     def has_qkv_bias(self) -> bool:
         """Whether the projections to q, k and v have a bias."""
         return self.bias or self.qkv_bias
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        """Whether the MLP's matrices have biases."""
+        return self.bias or self.mlp_bias
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether the output layer has a bias."""
+        return self.mlm_transform or self.output_bias
 
     @property
     def n_rope_high(self) -> float:

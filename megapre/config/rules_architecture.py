@@ -59,7 +59,7 @@ def two_stream_fits(config: Config) -> str | None:
             f"'two_stream': set it to 1"
         )
     for key in ("experts", "parallel_block", "token_types", "mlm_transform", "sentence_classes", "embedding_size"):
-        if getattr(model, key):
+        if getattr(model, key) and not (key == "token_types" and model.positions == "transformer_xl"):
             shown = str(getattr(model, key)).lower()
             return f"model.{key} ({shown}) does not go with model.architecture = 'two_stream': leave it out"
     return None

@@ -42,8 +42,9 @@ def experts_fit(config: Config) -> str | None:
         return f"model.{used[0]} is set while model.experts is 0: set model.experts or drop it" if used else None
     if model.experts_per_token > model.experts:
         return f"model.experts_per_token ({model.experts_per_token}) must not exceed model.experts ({model.experts})"
-    if model.bias:
-        return "experts have no biases but model.bias is true: set model.bias to false"
+    for key in ("bias", "mlp_bias"):
+        if getattr(model, key):
+            return f"experts have no biases but model.{key} is true: set model.{key} to false"
     if not any(model.has_experts(layer) for layer in range(1, model.layers + 1)):
         return (
             f"model.experts is {model.experts} but no block has experts: model.moe_dense_first "

@@ -85,6 +85,28 @@ def relative_distances_fit(config: Config) -> str | None:
     return None
 
 
+def transformer_xl_fits(config: Config) -> str | None:
+    """Sinusoids come in pairs; every rank needs the keys of all distances."""
+    model, parallel = config.model, config.parallel
+    if model.positions != "transformer_xl":
+        if model.relative_clamp:
+            return (
+                f"model.relative_clamp ({model.relative_clamp}) belongs to model.positions = 'transformer_xl' but this "
+                f"one is '{model.positions}'"
+            )
+        return None
+    if model.hidden % 2:
+        return f"model.positions = 'transformer_xl' needs an even model.hidden, not {model.hidden}"
+    if parallel.context > 1:
+        return (
+            f"parallel.context ({parallel.context}) has no attention for model.positions = 'transformer_xl': set it to "
+            f"1"
+        )
+    if model.architecture == "encoder_decoder":
+        return "model.positions = 'transformer_xl' is not there for model.architecture = 'encoder_decoder'"
+    return None
+
+
 def blocks_are_of_one_kind(config: Config) -> str | None:
     """Where the norms stand, and whether blocks can be one."""
     model = config.model
@@ -143,6 +165,7 @@ MODEL_RULES = (
     rope_needs_even_heads,
     rope_is_described,
     relative_distances_fit,
+    transformer_xl_fits,
     blocks_are_of_one_kind,
     dropout_tells_heads_apart,
 )

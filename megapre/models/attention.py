@@ -14,6 +14,7 @@ from megapre.kernels.mask import Mask
 from megapre.models.context import WEIGHTS, Context, site
 from megapre.models.positions import Bias, Turn
 from megapre.models.spec import kv_copies
+from megapre.models.transformer_xl import TransformerXL
 from megapre.parallel.comm import Axis
 from megapre.parallel.context import Core
 from megapre.parallel.tensor import Linear
@@ -24,7 +25,7 @@ class Attention(nn.Module):
 
     Input and output [seq or seq/t, batch, hidden]. Each tensor rank works on its own query heads and on the
     key/value heads that they read; ``turns`` are done to q and k in this order, ``bias`` is added to the
-    scores; ``core`` is attention over the context axis, of ``parts`` ranks.
+    scores, or they are those of ``relative``; ``core`` is attention over the context axis, of ``parts`` ranks.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class Attention(nn.Module):
         core: Core,
         parts: int = 1,
         recompute: bool = False,
+        relative: TransformerXL | None = None,
     ) -> None:
         super().__init__()
         self.qkv, self.output, self.core, self.layer = qkv, output, core, layer
-        self.turns, self.bias, self.parts = tuple(turns), bias, parts
+        self.turns, self.bias, self.parts, self.relative = tuple(turns), bias, parts, relative
         self.learned = nn.ModuleList(part for part in (*turns, bias) if isinstance(part, nn.Module))
         self.causal, self.dropout = model.architecture == "decoder", model.attention_dropout
         self.window, self.scale = model.window, model.attention_scale or None
@@ -63,12 +65,23 @@ class Attention(nn.Module):
             k, v = ctx.cache.append(self.layer, k, v)
         documents = None if ctx.segments is None else (ctx.segments, ctx.segments)
         mask = Mask(causal=self.causal, window=self.window, prefix=ctx.prefix, documents=documents, q_offset=offset)
-        bias = None if self.bias is None else self.bias(mask, q.shape[0] * self.parts, k.shape[0] * self.parts)
-        core = partial(self.core, mask=mask, bias=bias, dropout=self._dropout(ctx), scale=self.scale)
+        distances = None if self.relative is None else self.relative.keys(mask, q.shape[0], k.shape[0])
+        return self.read(ctx, q, k, v, distances, mask, self._dropout(ctx))
+
+    def read(
+        self, ctx: Context, q: Tensor, k: Tensor, v: Tensor, distances: Tensor | None, mask: Mask,
+        dropout: AttentionDropout | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """What q reads of k and v; ``distances`` are the keys that ``relative`` makes."""
+        core, inputs = partial(self.core, mask=mask, dropout=dropout, scale=self.scale), (q, k, v)
+        if self.relative is not None:
+            inputs = self.relative(ctx, q, k, v, distances)
+        elif self.bias is not None:
+            core = partial(core, bias=self.bias(mask, q.shape[0] * self.parts, k.shape[0] * self.parts))
         if self.recompute and ctx.training:  # dropout is counter-based: there is no generator state to restore
-            y = checkpoint(core, q, k, v, use_reentrant=False, preserve_rng_state=False)
+            y = checkpoint(core, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
-            y = core(q, k, v)
+            y = core(*inputs)
         return self.output.product(y.flatten(2))
 
     def _dropout(self, ctx: Context) -> AttentionDropout | None:

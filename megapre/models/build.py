@@ -28,6 +28,7 @@ from megapre.models.encoder_decoder import (
 from megapre.models.heads import Head, Sentence, Transform
 from megapre.models.moe import MoE, Router
 from megapre.models.positions import Alibi, Bias, HeadNorm, Relative, Rotary, Turn, rope_tables
+from megapre.models.transformer_xl import TransformerXL, sinusoids_of_distances
 from megapre.models.two_stream import TwoStreamAttention, TwoStreamBlock, TwoStreamEmbedding, TwoStreamHead
 from megapre.parallel.buckets import Buffers
 from megapre.parallel.comm import Axis
@@ -167,6 +168,10 @@ class _Builder:
         self.config, self.flat, self.kernels, self.dtype = model.config, model.flat, kernels, model.dtype
         self.axis, self.sequence = model.grid.tensor, model.sequence
         self.core = over_context(model.context_method, model.grid.context, kernels.attention)
+        self.sinusoids: Tensor | None = None
+        if model.config.positions == "transformer_xl":
+            self.core = kernels.relative_attention
+            self.sinusoids = sinusoids_of_distances(model.config, model.dtype, model.device)
         self.recompute, self.recompute_layers = recompute, recompute_layers
 
     def stage(self, numbers: range) -> StageLayers:
@@ -210,7 +215,7 @@ class _Builder:
             added.append(Positions(self.flat.parameter(f"{home}.positions.weight")))
         if config.positions == "sinusoidal":
             added.append(Sinusoids(config.n_embedding, self.dtype))
-        if config.token_types:
+        if self.flat.holds("embedding.types.weight"):
             added.append(TokenTypes(self.flat.parameter("embedding.types.weight")))
         tokens = Embedding(self.flat.parameter("embedding.tokens.weight"), self.axis, self.sequence)
         norm = self.norm(f"{home}.norm") if config.embedding_norm else None
@@ -226,7 +231,7 @@ class _Builder:
         if config.sentence_classes:
             sentence = Sentence(self.dense("head.pooler"), self.dense("head.sentence"))
         weight = self.flat.parameter("embedding.tokens.weight" if config.tied_embeddings else "head.output.weight")
-        bias = self.flat.parameter("head.output.bias") if config.mlm_transform else None
+        bias = self.flat.parameter("head.output.bias") if config.has_output_bias else None
         output = Linear("column", weight, bias, self.axis, self.sequence)
         return kind(norm, transform, output, sentence, config.output_scale)
 
@@ -240,8 +245,9 @@ class _Builder:
         output = self.linear("row", f"{name}.attention.output")
         turns, bias = self.turns(config, f"{name}.attention"), self.bias(config, name)
         attention = attention_of(
-            config, number, qkv, output, self.axis, turns, bias, self.core, self.grid.context.size, recompute_attention
-        )
+            config, number, qkv, output, self.axis, turns, bias, self.core, self.grid.context.size, recompute_attention,
+            self.relative(f"{name}.attention"),
+        )  # fmt: skip
         make = self.moe if config.has_experts(number) else self.mlp
         mlp = make(config, number, f"{name}.mlp")
         kind = BLOCKS[config.norm_placement, parallel]
@@ -256,6 +262,18 @@ class _Builder:
         own = config.heads // self.axis.size
         slopes = alibi_slopes(config.heads, self.flat.wide)[self.axis.rank * own : (self.axis.rank + 1) * own]
         return Alibi(slopes.to(self.device))
+
+    def relative(self, name: str) -> TransformerXL | None:
+        if self.sinusoids is None:
+            return None
+        content, position, project = (
+            self.flat.parameter(f"{name}.{part}") for part in ("content_bias", "position_bias", "distance.weight")
+        )
+        segments = None
+        if self.config.token_types:
+            bias, same, other = (self.flat.parameter(f"{name}.segment_{part}") for part in ("bias", "same", "other"))
+            segments = bias, same, other
+        return TransformerXL(content, position, project, segments, self.sinusoids)
 
     def turns(self, config: ModelConfig, name: str) -> list[Turn]:
         turns: list[Turn] = []

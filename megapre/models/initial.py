@@ -24,6 +24,8 @@ TABLES = (
     "encoder.relative.weight",
     "head.output.weight",
 )
+OF_HEADS = (".content_bias", ".position_bias", ".segment_bias", ".segment_same", ".segment_other")
+"""Endings of what is added to queries or met by them, one vector a head."""
 
 
 def std(model: ModelConfig, spec: TensorSpec) -> float:
@@ -37,7 +39,7 @@ def _enters_residual(spec: TensorSpec) -> bool:
 
 def _is_table(spec: TensorSpec) -> bool:
     """Whether it is looked up, or is the output layer: no sum over its rows is made."""
-    return spec.name in TABLES
+    return spec.name in TABLES or spec.name.endswith(OF_HEADS)
 
 
 def _normal(model: ModelConfig, spec: TensorSpec) -> float:

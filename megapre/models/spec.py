@@ -91,7 +91,7 @@ def _embedding(model: ModelConfig, vocab_size: int) -> list[TensorSpec]:
         specs.append(TensorSpec("embedding.positions.weight", (model.sequence, width)))
     if model.architecture == "two_stream":
         specs.append(TensorSpec("embedding.query.weight", (1, width)))
-    if model.token_types:
+    if model.token_types and model.positions != "transformer_xl":
         specs.append(TensorSpec("embedding.types.weight", (model.token_types, width)))
     if model.embedding_norm:
         specs += _norm(model, "embedding.norm", 0, width)
@@ -131,7 +131,7 @@ def _head(model: ModelConfig, vocab_size: int) -> list[TensorSpec]:
         specs += _dense("head.sentence", (model.sentence_classes, hidden), layer)
     if not model.tied_embeddings:
         specs.append(TensorSpec("head.output.weight", (vocab_size, width), Shard(0), (layer,), decay=True))
-    if model.mlm_transform:
+    if model.has_output_bias:
         specs.append(TensorSpec("head.output.bias", (vocab_size,), Shard(0), (layer,), init="zeros"))
     return specs
 
@@ -191,12 +191,13 @@ def _block(model: ModelConfig, name: str, layer: int, tensor_ranks: int) -> list
     specs = []
     for norm in ("attention_norm",) if model.parallel_block else ("attention_norm", "mlp_norm"):
         specs += [replace(spec, layers=owner) for spec in _norm(model, f"{name}.{norm}", layer)]
-    if model.bias:
-        specs += [
-            TensorSpec(f"{name}.{part}.bias", (hidden,), layers=owner, init="zeros")
-            for part in ("attention.output", "mlp.down")
-        ]
-
+    specs += [
+        TensorSpec(f"{name}.{part}.bias", (hidden,), layers=owner, init="zeros")
+        for part, there in (("attention.output", model.bias), ("mlp.down", model.has_mlp_bias))
+        if there
+    ]
+    if model.positions == "transformer_xl":
+        specs += _distances(model, f"{name}.attention", owner)
     if model.qk_norm:
         for part in ("q_norm", "k_norm"):
             path = f"{name}.attention.{part}.weight"
@@ -227,11 +228,21 @@ def _block(model: ModelConfig, name: str, layer: int, tensor_ranks: int) -> list
         mlps = {"mlp.shared": width} if width else {}
     for mlp, width in mlps.items():
         parts = [(f"{mlp}.{part}", width, Shard(0)) for part in up_parts(model)]
-        specs += matrices(parts, hidden, model.bias)
+        specs += matrices(parts, hidden, model.has_mlp_bias)
         specs.append(
             TensorSpec(f"{name}.{mlp}.down.weight", (hidden, width), Shard(1), owner, decay=True)
         )
     return specs
+
+
+def _distances(model: ModelConfig, name: str, owner: tuple[int, ...]) -> list[TensorSpec]:
+    """What a block's scores know of distances and segments: the matrix of distances, biases of the heads' queries."""
+    parts = ["content_bias", "position_bias"]
+    if model.token_types:
+        parts += ["segment_bias", "segment_same", "segment_other"]
+    heads = (model.heads, model.head_dim)
+    matrix = TensorSpec(f"{name}.distance.weight", (model.heads * model.head_dim, model.hidden), Shard(0), owner)
+    return [replace(matrix, decay=True), *(TensorSpec(f"{name}.{part}", heads, Shard(0), owner) for part in parts)]
 
 
 def _cross(model: ModelConfig, name: str, layer: int, tensor_ranks: int) -> list[TensorSpec]:

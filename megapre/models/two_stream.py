@@ -7,11 +7,9 @@ weights. Layers hand on both.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megapre.config.schema import ModelConfig
 from megapre.kernels.attention import AttentionDropout
@@ -65,19 +63,17 @@ class TwoStreamAttention(Attention):
         for turn in self.turns:
             asking = turn(ctx, asking, keys)[0]
             q, k = turn(ctx, q, k)
-        return self._read(ctx, q, k, v, strict=False), self._read(ctx, asking, k, v, strict=True)
+        distances = None if self.relative is None else self.relative.keys(Mask(), q.shape[0], k.shape[0])
+        content = self._read(ctx, q, k, v, distances, strict=False)
+        return content, self._read(ctx, asking, k, v, distances, strict=True)
 
-    def _read(self, ctx: Context, q: Tensor, k: Tensor, v: Tensor, *, strict: bool) -> tuple[Tensor, Tensor | None]:
+    def _read(
+        self, ctx: Context, q: Tensor, k: Tensor, v: Tensor, distances: Tensor | None, *, strict: bool
+    ) -> tuple[Tensor, Tensor | None]:
         documents = None if ctx.segments is None else (ctx.segments, ctx.segments)
         order = None if ctx.ranks is None else (ctx.ranks, ctx.ranks)
         mask = Mask(causal=True, strict=strict, window=self.window, documents=documents, order=order)
-        bias = None if self.bias is None else self.bias(mask, q.shape[0], k.shape[0])
-        core = partial(self.core, mask=mask, bias=bias, dropout=self._drops(ctx, strict), scale=self.scale)
-        if self.recompute and ctx.training:  # dropout is counter-based: there is no generator state to restore
-            y = checkpoint(core, q, k, v, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y = core(q, k, v)
-        return self.output.product(y.flatten(2))
+        return self.read(ctx, q, k, v, distances, mask, self._drops(ctx, strict))
 
     def _drops(self, ctx: Context, query: bool) -> AttentionDropout | None:
         if not (ctx.training and self.dropout):

@@ -34,7 +34,8 @@ def flops_per_token(model: ModelConfig, vocab: int) -> float:
     N counts the weights of matrices that a token is multiplied by (attention, MLP or router and the experts that work
     on it, and the output layer; an embedding is a look-up). Each costs 2 FLOPs forward and 4 backward. Attention
     scores and their use cost ``4 x heads x head size`` a layer forward for each key that a query reads: on average
-    sequence / 2 in causal attention, all in full attention, fewer with a window. Recomputation is not counted.
+    sequence / 2 in causal attention, all in full attention, fewer with a window; half as much again
+    where queries also meet keys of distances (``transformer_xl``). Recomputation is not counted.
     Formula: arXiv 2104.04473 and PaLM's appendix B. With an encoder beside the decoder all is counted per token of the
     decoder: source / sequence tokens of the encoder, and cross-attention.
     """
@@ -64,7 +65,8 @@ def _stack(model: ModelConfig) -> float:
         read = reach - reach * reach / (2 * model.sequence)
     else:
         read = model.sequence - max(0, model.sequence - reach) ** 2 / model.sequence
-    return 6.0 * weights + 12.0 * model.layers * model.heads * model.head_dim * read
+    products = 3 if model.positions == "transformer_xl" else 2  # queries meet keys of distances too
+    return 6.0 * weights + 6.0 * products * model.layers * model.heads * model.head_dim * read
 
 
 def peak_tflops(config: Config, device_type: str) -> float:

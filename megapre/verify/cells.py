@@ -173,6 +173,8 @@ def scaled_down(config: Config) -> tuple[Config, int]:
     model = replace(model, **{name: size for name, size in sizes.items() if getattr(m, name)})
     if m.positions == "t5":
         model = replace(model, relative_buckets=8, relative_distance=12)
+    if m.relative_clamp:
+        model = replace(model, relative_clamp=9)
     train = replace(
         config.train, global_batch=4, microbatch=1, steps=10, device="cpu", threads=1, batch_ramp=[], sequence_ramp=[]
     )

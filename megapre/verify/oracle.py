@@ -150,7 +150,7 @@ def embedded(model: ModelConfig, w: Weights, m: Microbatch, drop: Dropper) -> Te
         x = x + w["embedding.positions.weight"][m.positions]
     if model.positions == "sinusoidal":
         x = x + sinusoid(m.positions, x.shape[-1])
-    if model.token_types:
+    if model.token_types and model.positions != "transformer_xl":
         x = x + w["embedding.types.weight"][torch.zeros_like(m.tokens) if m.token_types is None else m.token_types]
     if model.embedding_norm:
         x = norm(model, w, "embedding.norm", x)

@@ -12,7 +12,7 @@ from megapre.config.schema import Config, ModelConfig
 from megapre.data.loader import Microbatch
 from megapre.models.context import ATTENTION, MLP, WEIGHTS, site
 from megapre.random.philox import keep_mask
-from megapre.verify.oracle_positions import relative_bias, rotate, slopes
+from megapre.verify.oracle_positions import distance_scores, relative_bias, rotate, slopes
 
 Weights = dict[str, Tensor]
 
@@ -122,7 +122,10 @@ def attention(
         q, k = (rotate(model, part, m.positions) for part in (q, k))
     repeat = model.heads // model.n_kv_heads
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    scores = q @ k.transpose(-1, -2) * (model.attention_scale or model.head_dim**-0.5)
+    met = q @ k.transpose(-1, -2)
+    if model.positions == "transformer_xl":
+        met = distance_scores(model, w, name, q, k, m.token_types)
+    scores = met * (model.attention_scale or model.head_dim**-0.5)
     if model.positions == "alibi":
         scores = scores - slopes(model.heads)[:, None, None] * (place[:, None] - place[None, :]).abs()
     if model.positions == "t5":

@@ -62,6 +62,34 @@ def bucket(model: ModelConfig, distance: int) -> int:
     return first + min(count - 1, math.floor(exact + way * (count - exact)))
 
 
+def distance_scores(
+    model: ModelConfig, w: dict[str, Tensor], name: str, q: Tensor, k: Tensor, types: Tensor | None
+) -> Tensor:
+    """Scores, before their scale, of q and k [batch, heads, seq, d] as Transformer-XL and XLNet have them.
+
+    (arXiv 1901.02860, equation 5; 1906.08237, section 2.5), with the distance query - key of every pair looked up;
+    ``types`` [seq, batch] are segments of text.
+    """
+    length, heads, d = q.shape[2], model.heads, model.head_dim
+    u, v = (w[f"{name}.{part}_bias"][:, None, :] for part in ("content", "position"))
+    rows = []
+    for distance in range(-length + 1, length):
+        far = model.relative_clamp or length
+        angles = [max(-far, min(far, distance)) / 10000 ** (2 * i / model.hidden) for i in range(model.hidden // 2)]
+        rows.append([math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles])
+    r = (torch.tensor(rows, dtype=torch.float64) @ w[f"{name}.distance.weight"].T).view(-1, heads, d)
+    place = torch.arange(length)
+    apart = place[:, None] - place[None, :] + length - 1  # row of r
+    scores = (q + u) @ k.transpose(-1, -2) + torch.einsum("bhid,ijhd->bhij", q + v, r[apart])
+    if not model.token_types:
+        return scores
+    types = torch.zeros(length, q.shape[0]).long() if types is None else types
+    bias, same, other = (w[f"{name}.segment_{part}"] for part in ("bias", "same", "other"))
+    alike = (types.T[:, :, None] == types.T[:, None, :])[:, None, :, :, None]
+    met = torch.where(alike, same[:, None, None, :], other[:, None, None, :])  # [batch, heads, query, key, d]
+    return scores + torch.einsum("bhid,bhijd->bhij", q + bias[:, None, :], met)
+
+
 def frequency(model: ModelConfig, i: int) -> float:
     """Radians a position of pair ``i``."""
     d, theta, factor = model.head_dim, model.rope_theta, model.rope_factor

@@ -10,7 +10,7 @@ from megapre.data.loader import Microbatch
 from megapre.models.context import ATTENTION, CROSS, EMBEDDING, MLP, WEIGHTS, site
 from megapre.random.philox import keep_mask
 from megapre.verify.oracle_block import Dropper, Weights, linear, mlp, norm
-from megapre.verify.oracle_positions import relative_bias, rotate, sinusoid
+from megapre.verify.oracle_positions import distance_scores, relative_bias, rotate, sinusoid
 
 
 def features(config: Config, w: Weights, m: Microbatch, step: int | None) -> Tensor:
@@ -74,10 +74,14 @@ def _read(
     if model.positions == "rope":
         q, k = rotate(model, q, m.positions), rotate(model, k, m.positions)
     bias = relative_bias(model, w["embedding.relative.weight"], length) if model.positions == "t5" else None
+    met = None
+    if model.positions == "transformer_xl":
+        met = distance_scores(model, w, name, q, k.repeat_interleave(model.heads // model.n_kv_heads, 1), m.token_types)
     mixed = []
     for head in range(model.heads):
         own = head // (model.heads // model.n_kv_heads)
-        scores = torch.einsum("bsd,btd->bst", q[:, head], k[:, own]) * (model.attention_scale or model.head_dim**-0.5)
+        alike = torch.einsum("bsd,btd->bst", q[:, head], k[:, own]) if met is None else met[:, head]
+        scores = alike * (model.attention_scale or model.head_dim**-0.5)
         scores = scores if bias is None else scores + bias[head]
         weights = torch.nan_to_num(scores.masked_fill(~seen, float("-inf")).softmax(-1))  # who reads nothing: zeros
         if model.attention_dropout and step is not None:

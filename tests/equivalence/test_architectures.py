@@ -64,6 +64,11 @@ JOBS = {
     "albert": job(**BERT | {"activation": "gelu"}, embedding_size=20, share_layers=True),
     "bert-pairs": paired("next_sentence", **BERT, dropout=0.1),
     "albert-pairs": paired("sentence_order", **BERT | {"activation": "gelu"}, embedding_size=20, share_layers=True),
+    "transformer-xl": job(positions="transformer_xl", heads=4, kv_heads=2, attention_dropout=0.1),
+    "xlnet-encoder": paired(
+        "next_sentence", architecture="encoder", norm_placement="post", positions="transformer_xl", token_types=2,
+        relative_clamp=9, share_layers=True,
+    ),
     "local-encoder": job(architecture="encoder", activation="gelu_exact", window=5),
 }
 LAYOUTS = (

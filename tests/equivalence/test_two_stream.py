@@ -13,7 +13,21 @@ from megapre.verify import oracle
 from megapre.verify.cells import Cell, batches, parse, scaled_down
 
 JOBS = {
-    "xlnet": Config(
+    "xlnet": Config(  # as it is: relative positions and segments, no biases in its attention
+        model=ModelConfig(
+            architecture="two_stream", norm_placement="post", positions="transformer_xl", activation="gelu_exact",
+            dropout=0.1, attention_dropout=0.1, token_types=2, bias=False, mlp_bias=True, output_bias=True,
+            init="normal",
+        ),
+        data=DataConfig(objective="permuted", reset_attention=True),
+        optimizer=OptimizerConfig(lr=3e-3),
+    ),
+    "clamped": Config(
+        model=ModelConfig(architecture="two_stream", positions="transformer_xl", kv_heads=2, relative_clamp=9),
+        data=DataConfig(objective="permuted"),
+        optimizer=OptimizerConfig(lr=3e-3),
+    ),
+    "buckets": Config(
         model=ModelConfig(
             architecture="two_stream", norm_placement="post", positions="t5", activation="gelu_exact", dropout=0.1,
             attention_dropout=0.1, relative_buckets=8, relative_distance=12, embedding_norm=True,
@@ -31,7 +45,9 @@ JOBS = {
     ),
 }  # fmt: skip
 CASES = [
-    ("xlnet", "2x1x1+sp"), ("xlnet", "1x2x1+zb-v:2+recompute:full"), ("xlnet", "1x2x2+zero1"),
+    ("buckets", "2x1x1+sp"), ("buckets", "1x2x1+zb-v:2+recompute:full"), ("buckets", "1x2x2+zero1"),
+    ("xlnet", "2x1x1+sp"), ("xlnet", "1x2x2+zero3"), ("xlnet", "2x2x1+interleaved:2+recompute:selective"),
+    ("xlnet", "1x2x1+zb-v:2+recompute:full"), ("xlnet", "4x1x1"), ("xlnet", "1x2x2+zero1"), ("clamped", "4x1x1+sp"),
     ("rope", "1x2x2+zero3"), ("rope", "2x2x1+interleaved:2+recompute:selective"), ("rope", "4x1x1+sp"),
 ]  # fmt: skip
 BOTH = ("2x1x1+sp", "1x2x2+zero3")

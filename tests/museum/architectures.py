@@ -108,8 +108,8 @@ ARCHITECTURE_MUTANTS = (
     Mutant(
         "query-reads-queries",
         "megapre/models/two_stream.py",
-        "self._read(ctx, asking, k, v, strict=True)",
-        "self._read(ctx, asking, k, v.flip(1) + asking.mean(), strict=True)",
+        "self._read(ctx, asking, k, v, distances, strict=True)",
+        "self._read(ctx, asking, k, v.flip(1) + asking.mean(), distances, strict=True)",
         f"{STREAMS}[rope-4x1x1+sp]",
         "the query stream's values come from itself",
     ),
@@ -118,7 +118,7 @@ ARCHITECTURE_MUTANTS = (
         "megapre/models/two_stream.py",
         "layer = self.layer + (CROSS if query else 0)",
         "layer = self.layer",
-        f"{STREAMS}[xlnet-1x2x2+zero1]",
+        f"{STREAMS}[buckets-1x2x2+zero1]",
         "content and query share the dropout mask of their attention weights",
     ),
     Mutant(
