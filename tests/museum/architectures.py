@@ -129,4 +129,20 @@ ARCHITECTURE_MUTANTS = (
         f"{STREAMS}[rope-4x1x1+sp]",
         "predictions from the stream that knows the token",
     ),
+    Mutant(
+        "loss-of-a-middle-layer-without-gradient",
+        "megapre/parallel/pipeline/executor.py",
+        "torch.autograd.backward([*ends, *losses], [*given, *[None] * len(losses)])",
+        "torch.autograd.backward(ends or losses, given or None)",
+        f"{EXECUTOR}[False-1f1b-2-1]",
+        "ELECTRA's generator is told its loss and does not learn from it",
+    ),
+    Mutant(
+        "loss-of-a-middle-layer-left-out-of-validation",
+        "megapre/parallel/pipeline/executor.py",
+        "self.results += held.loss(number, self.contexts[m], inputs)",
+        "pass",
+        f"{EXECUTOR}[False-1f1b-2-1]",
+        "the loss of a validation is the last stage's part alone",
+    ),
 )

@@ -8,13 +8,16 @@ their data is used.
 What goes from layer to layer is a tuple of tensors, declared for every layer that takes one (`Carried`). A layer may
 hand on a tensor as it is, such as an encoder's output, which every decoder block reads: its gradient is then the sum of
 what later layers and this one add to it, across stages too.
+
+The last layer makes the loss, and layers before it may each make a part of it (ELECTRA's generator). In training all of
+these run in B, where their gradients are wanted.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -75,6 +78,12 @@ class StageLayers:
     layers: Sequence[Layer]
     recomputed: frozenset[int] = frozenset()
     """Numbers of the layers that keep only their input and run forward again in backward."""
+    losses: Mapping[int, Callable[..., Carry]] = field(default_factory=dict)
+    """By their numbers, what layers before the last add to the loss: of what the layer takes, a scalar or nothing."""
+
+    def loss(self, number: int, context: object, inputs: Carry) -> Carry:
+        """What layer ``number`` adds to the loss, unless it is the last of all."""
+        return self.losses[number](context, *inputs) if number in self.losses else ()
 
 
 class Executor:
@@ -231,6 +240,8 @@ class _Run:
             self.memory.enter(number)
             with torch.set_grad_enabled(self.training and not again):
                 carry = layer(self.contexts[m], *inputs)
+            if not self.training:
+                self.results += held.loss(number, self.contexts[m], inputs)
             self.memory.leave(number)
             steps.append((inputs, None if again else carry))
         if self.training:
@@ -257,21 +268,20 @@ class _Run:
         if self.split:
             self.additions[stage, m] = []
         for number, layer in zip(reversed(held.numbers), reversed(held.layers)):
-            loss = stage == self.executor.last and number == held.numbers[-1]
-            later = self.split and not loss  # the loss adds its weight gradients while it has the logits
+            last = stage == self.executor.last and number == held.numbers[-1]
+            # A loss adds its weight gradients while it has the logits.
+            later = self.split and not last and number not in held.losses
             inputs, outputs = steps.pop()
             self.memory.enter(number)
             if not later:
                 self.memory.open(number)
             if outputs is None:
                 outputs = layer(self.contexts[m], *inputs)
-            if loss:
-                self.results += [output.detach() for output in outputs]
+            losses = outputs if last else held.loss(number, self.contexts[m], inputs)
+            self.results += [loss.detach() for loss in losses]
+            ends, given = ([], []) if last else _with_gradient(outputs, gradients)
             with self.executor.queue.kept(later) as additions:
-                if loss:
-                    torch.autograd.backward(outputs)
-                else:
-                    torch.autograd.backward(*_with_gradient(outputs, gradients))
+                torch.autograd.backward([*ends, *losses], [*given, *[None] * len(losses)])
             self.memory.leave(number)
             gradients = [x.grad for x in inputs]
             if later:
