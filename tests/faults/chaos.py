@@ -92,6 +92,11 @@ class Run:
             assert time.monotonic() < end and self.process and self.process.poll() is None, self.tail()
             time.sleep(pause)
 
+    def more(self, lines: int) -> None:
+        """Wait for so many more lines of metrics."""
+        seen = self.lines()
+        self.until(lambda: self.lines() >= seen + lines)
+
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
 
@@ -124,33 +129,39 @@ class Run:
         return steps
 
 
-def kills(count: int, rng: random.Random, folder: Path, pool: RankPool) -> str:
-    """SIGKILL a random rank ``count`` times, a third of them while a save is under way, then compare; a note."""
+def kills(count: int, rng: random.Random, folder: Path, pool: RankPool, limit: float = 60.0) -> str:
+    """SIGKILL a random rank ``count`` times, a third of them while a save is under way, then compare; a note.
+
+    ``limit`` is the most seconds that the other ranks may live.
+    """
     job_ = Run(folder)
     phases = {"starting": 0, "saving": 0, "any": 0}
+    longest = 0.0
     try:
         job_.start()
         for _ in range(count):
             phase = rng.choices(list(phases), (1, 3, 5))[0]
             job_.until(lambda: len(job_.ranks()) == 2)
             if phase != "starting":
-                more = job_.lines() + rng.randrange(1, 20)
-                job_.until(lambda more=more: job_.lines() > more)  # type: ignore[misc]
+                job_.more(rng.randrange(2, 21))
             if phase == "saving":
                 job_.until(job_.saving, pause=0.001)
             else:
                 time.sleep(rng.uniform(0, 0.5))
             victims = job_.ranks()
             os.kill(rng.choice(victims), signal.SIGKILL)
+            began = time.monotonic()
             job_.until(lambda v=victims: all(map(ended, v)), 60)  # type: ignore[misc]
+            longest = max(longest, time.monotonic() - began)
+            assert longest < limit, f"ranks lived for {longest:.1f} s after a kill while {phase}"
             phases[phase] += 1
-        seen = job_.lines()
-        job_.until(lambda: job_.lines() > seen + 3)
+        job_.more(4)
         assert job_.stop() == 75, job_.tail()
     finally:
         job_.close()
     steps = job_.equals_undisturbed(pool)
-    return f"{steps} steps; {', '.join(f'{n} {phase}' for phase, n in phases.items())}"
+    told = ", ".join(f"{n} {phase}" for phase, n in phases.items())
+    return f"{steps} steps; {told}; all ranks gone after at most {longest:.1f} s"
 
 
 def catches(pid: int) -> bool:
@@ -175,8 +186,7 @@ def signals(count: int, rng: random.Random, folder: Path, pool: RankPool, limit:
             if rng.random() < 0.3:
                 time.sleep(rng.uniform(0, 4))  # still starting, or just begun
             else:
-                seen = job_.lines()
-                job_.until(lambda seen=seen: job_.lines() > seen + 2)  # type: ignore[misc]
+                job_.more(3)
                 time.sleep(rng.uniform(0, 2))
             number = rng.choice((signal.SIGTERM, signal.SIGUSR1))
             ranks = [pid for pid in job_.ranks() if catches(pid)]
@@ -190,6 +200,7 @@ def signals(count: int, rng: random.Random, folder: Path, pool: RankPool, limit:
             longest = max(longest, time.monotonic() - began)
             assert code == 75, (code, number, target, job_.tail())
             assert longest < limit, f"{longest:.0f} s after {number} to the {target}"
+            assert all(map(ended, ranks)), "ranks outlive their supervisor"
             assert job_.newest() == max(job_.steps(), before), "steps were lost"
     finally:
         job_.close()
