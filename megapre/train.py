@@ -63,7 +63,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
         if config.resilience.selftest:
             selftest(grid, device, engine.model.dtype)
         state = resume(config, engine, monitor.text)
-        monitor.started(int(state.get("step", 0)), state.get("monitor"))
+        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        monitor.started(int(state.get("step", 0)), state.get("monitor"), attempt=attempt, ranks=ranks.world)
         pulse.resumed(int(state.get("step", 0)))
         place: dict[str, Any] = {"vocab_size": vocab_size, "data_rank": grid.data.rank, "data_size": grid.data.size}
         trainer = Trainer(
@@ -79,7 +80,12 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
         )
         try:
             with snapshot_on_exhaustion(run_dir / "log", grid.world.rank):
-                return trainer.run()
+                code = trainer.run()
+            monitor.event("end", trainer.done, code=code, signal=stop.reason)
+            return code
+        except BaseException as error:
+            monitor.event("end", trainer.done, error=f"{type(error).__name__}: {error}")
+            raise
         finally:
             if streamed := trainer.loader.report():
                 monitor.text(streamed)

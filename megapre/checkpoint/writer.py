@@ -81,8 +81,8 @@ class Saver:
     """The checkpoints of a run, written one after the other; all methods but `written` are called by all ranks.
 
     ``keep`` is called on rank 0 with each checkpoint that became valid (to remove older ones), ``say`` with a line for
-    the person who watches. ``timeout`` is the longest wait for a file system in seconds, and must be below that of the
-    collectives.
+    the person who watches, ``unsaved`` with the failure of a save that a later one found. ``timeout`` is the longest
+    wait for a file system in seconds, and must be below that of the collectives.
     """
 
     def __init__(
@@ -94,10 +94,11 @@ class Saver:
         sync: Sync,
         keep: Callable[[Path], object] = lambda path: None,
         say: Callable[[str], None] = lambda line: None,
+        unsaved: Callable[[CheckpointError], None] = lambda error: None,
         timeout: float = 300.0,
     ) -> None:
         self.root, self.rank, self.world, self.sync, self.timeout = Path(root), rank, world, sync, timeout
-        self._keep, self._say = keep, say
+        self._keep, self._say, self._unsaved = keep, say, unsaved
         self._buffer: Tensor | None = None
         self._pending: _Pending | None = None
 
@@ -141,7 +142,7 @@ class Saver:
         try:
             self.finish()
         except CheckpointError as error:
-            self._say(str(error))
+            self._unsaved(error)
         waited = time.monotonic() - began
         if late is not None and waited > 1:
             self._say(f"step {step} waited {waited:.1f} s for the save of step {late}: save less often")

@@ -54,10 +54,10 @@ class Monitor:
         """What a checkpoint keeps, so that a resumed run continues its curves: the id of the run at W&B."""
         return {"wandb": self._wandb} if self._wandb else {}
 
-    def started(self, step: int, state: Mapping[str, str] | None = None) -> None:
+    def started(self, step: int, state: Mapping[str, str] | None = None, **fields: object) -> None:
         """Record that this process goes on from ``step`` (0 for a fresh run): the resume step of a resumed run.
 
-        ``state`` is that of the run's checkpoint.
+        ``state`` is that of the run's checkpoint, ``fields`` what else the event log is to hold.
         """
         if self._active and self._config.monitor.wandb and not self._wandb:
             self._wandb = (state or {}).get("wandb") or secrets.token_hex(6)
@@ -65,7 +65,11 @@ class Monitor:
                 self._sinks.append(WeightsAndBiases(self._config, self._run_dir, self._wandb))
             except Exception as error:
                 _warn(f"megapre: W&B is off in this run: {type(error).__name__}: {error}")
-        self._each(lambda sink: sink.event("start", step))
+        self.event("start", step, **fields)
+
+    def event(self, name: str, step: int, **fields: object) -> None:
+        """Record something that happened at ``step``; ``fields`` are plain JSON."""
+        self._each(lambda sink: sink.event(name, step, **fields))
 
     def log(self, step: int, values: Mapping[str, float], *, split: str = "train") -> None:
         """Write the metrics of ``step``; training metrics get the machine's state added."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megapre.config.schema import Config
+from megapre.monitor import events
 
 SHOWN = {
     # Key -> how the console names and prints it.
@@ -34,7 +35,7 @@ class Sink(Protocol):
     def text(self, line: str) -> None:
         """Take a line of text."""
 
-    def event(self, name: str, step: int) -> None:
+    def event(self, name: str, step: int, **fields: object) -> None:
         """Take something that happened at a step."""
 
     def close(self) -> None:
@@ -63,7 +64,7 @@ class JsonLines:
     def text(self, line: str) -> None:
         """Text is for people: not kept here."""
 
-    def event(self, name: str, step: int) -> None:
+    def event(self, name: str, step: int, **fields: object) -> None:
         """Append a line for an event."""
         self._append({"event": name, "step": step, "time": round(time.time(), 3)})
 
@@ -124,9 +125,9 @@ class Console:
         else:
             self._bar.console.print(line, markup=False, highlight=False)
 
-    def event(self, name: str, step: int) -> None:
-        """Start the clock of the ETA where a run starts."""
-        if name == "start":
+    def event(self, name: str, step: int, **fields: object) -> None:
+        """Start the clock of the ETA where a run starts or goes back to."""
+        if name in ("start", "rewind"):
             self._last = (step, time.monotonic())
 
     def close(self) -> None:
@@ -145,6 +146,26 @@ class Console:
         return self._seconds * (self._steps - step) if self._seconds else None
 
 
+class EventLog:
+    """``log/events.jsonl``: the events alone, with all that is told of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write(self, step: int, values: Mapping[str, float], split: str) -> None:
+        """Metrics are elsewhere."""
+
+    def text(self, line: str) -> None:
+        """Text is for the console."""
+
+    def event(self, name: str, step: int, **fields: object) -> None:
+        """Append a line."""
+        events.append(self._folder, name, rank=0, step=step, **fields)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
 class TensorBoard:
     """Events under ``RUN_DIR/tensorboard``."""
 
@@ -161,7 +182,7 @@ class TensorBoard:
     def text(self, line: str) -> None:
         """Text is for the console."""
 
-    def event(self, name: str, step: int) -> None:
+    def event(self, name: str, step: int, **fields: object) -> None:
         """Steps after a resume replace those a dead process wrote."""
 
     def close(self) -> None:
@@ -189,7 +210,7 @@ class WeightsAndBiases:
     def text(self, line: str) -> None:
         """Text is for the console."""
 
-    def event(self, name: str, step: int) -> None:
+    def event(self, name: str, step: int, **fields: object) -> None:
         """Steps after a resume replace those a dead process wrote."""
 
     def close(self) -> None:
@@ -199,7 +220,11 @@ class WeightsAndBiases:
 
 def open_sinks(config: Config, run_dir: Path) -> list[Sink]:
     """The sinks a job asks for, console first."""
-    sinks: list[Sink] = [Console(config.train.steps, run_dir / "log" / "run.log"), JsonLines(run_dir / "metrics.jsonl")]
+    sinks: list[Sink] = [
+        Console(config.train.steps, run_dir / "log" / "run.log"),
+        JsonLines(run_dir / "metrics.jsonl"),
+        EventLog(run_dir / "log"),
+    ]
     if config.monitor.tensorboard:
         sinks.append(TensorBoard(run_dir / "tensorboard"))
     return sinks

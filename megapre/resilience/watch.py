@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from pathlib import Path
 
+from megapre.monitor import events
 from megapre.resilience.hang import Silence, culprit
 from megapre.resilience.output import Outputs
 from megapre.resilience.peers import Peers
@@ -103,12 +102,8 @@ class Watch(threading.Thread):
         slots = {str(self._first_rank + slot): slot for slot in range(len(self._silence))}
         flight = {rank: self._pulse.flight(slot) for rank, slot in slots.items()}
         tails = {rank: self._outputs.tail(slot) for rank, slot in slots.items()} if self._outputs else {}
-        about = {"time": time.time(), "host": socket.gethostname(), "event": event}
-        line = json.dumps({**about, **fields, "flight": flight, "tails": tails})
         try:
-            self._log.mkdir(parents=True, exist_ok=True)
-            with open(self._log / "events.jsonl", "a") as file:
-                file.write(line + "\n")
+            events.append(self._log, event, **fields, flight=flight, tails=tails)
         except OSError as error:
             _say(f"megapre: {self._log}/events.jsonl cannot be written: {error.strerror}\n")
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,7 +113,10 @@ def run(target: Callable[[list[str]], int], argv: list[str], board: Board) -> in
         code = target(argv)
     except BaseException as error:
         text = f"megapre: {error}\n" if is_refusal(error) else traceback.format_exc()
-        Path(board.folder, f"rank_{rank}.txt").write_text(text, encoding="utf-8", errors="replace")
+        left = Path(board.folder, f"rank_{rank}.txt")
+        left.write_text(text, encoding="utf-8", errors="replace")
+        now = time.monotonic_ns()  # the supervisor asks which rank was the first: the wall clock may have jumped
+        os.utime(left, ns=(now, now))
         if is_refusal(error):
             return _returned(board, slot, BAD_JOB)
         # Destructors of process groups can wait for peers that are waiting for this one.

@@ -198,14 +198,18 @@ class Trainer:
             action(*args)
         except CheckpointError as error:
             self.saved = -1
-            self.monitor.text(f"{error}; the run goes on, and saves again when the next checkpoint is due")
+            self._unsaved(error)
+
+    def _unsaved(self, error: CheckpointError) -> None:
+        self.monitor.event("unsaved", self.done, reason=str(error))
+        self.monitor.text(f"{error}; the run goes on, and saves again when the next checkpoint is due")
 
     def _saver(self, root: Path) -> Saver:
         keep, world = self.config.checkpoint, self.grid.world
         return Saver(
             root, rank=world.rank, world=world.size, sync=self.host, say=self.monitor.text,
             keep=lambda path: store.prune(root, keep.keep_last, keep.keep_every, saved=path),
-            timeout=self.config.resilience.timeout / 2,
+            unsaved=self._unsaved, timeout=self.config.resilience.timeout / 2,
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
@@ -260,10 +264,10 @@ class Trainer:
         self.guard.load(state.get("guard", {}), self.done)
         self.plateau.load(state.get("plateau", {}))
         self.loader = self.open_loader(self.done, self.skipped)
-        self.monitor.started(self.done)
         plans = [(number, self.steps.at(number)) for number in left_out]
         names = ", ".join(f"{n} (samples {plan.first} to {plan.first + plan.samples - 1})" for n, plan in plans)
         without = f" without batch {names}" if left_out else ""
+        self.monitor.event("rewind", self.done, reason=trouble.reason, left_out=left_out)
         self.monitor.text(f"{trouble.reason}; going on from step {self.done}{without}")
         return True
 

@@ -27,7 +27,7 @@ from megapre.training.rewind import checkpoint_before, skipped_batches
 from megapre.training.step import StepResult, TrainStep
 from megapre.verify.cells import parse
 from megapre.verify.pool import RankPool
-from tests.training.jobs import corpus, job, losses, run, same
+from tests.training.jobs import corpus, events, job, losses, run, same
 
 SEED = random.SystemRandom().randrange(10**6)
 
@@ -174,6 +174,11 @@ def test_a_spike_goes_back_and_leaves_its_batch_out(pool: RankPool, tmp_path: Pa
     assert store.read_state(last(config))["skipped_batches"] == [20]
     same(last(without), last(config))
     assert losses(tmp_path / "run") == losses(tmp_path / "without")
+    start, rewind, end = events(tmp_path / "run")
+    assert (start["event"], start["step"], start["ranks"], start["attempt"]) == ("start", 0, 2, 0)
+    assert (rewind["event"], rewind["step"], rewind["left_out"]) == ("rewind", 18, [20])
+    assert "step 21" in rewind["reason"]
+    assert (end["event"], end["step"], end["code"], end["signal"]) == ("end", 26, 0, "")
 
 
 def test_without_a_checkpoint_to_go_back_to_the_run_goes_on(pool: RankPool, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,6 +85,11 @@ def same(a: Path, b: Path) -> None:
     for state in (state_a, state_b):
         del state["job"], state["environment"]  # they know their run's folder
     assert state_a == state_b
+
+
+def events(run_dir: Path) -> list[dict[str, Any]]:
+    """What the event log of a run holds."""
+    return [json.loads(line) for line in (run_dir / "log" / "events.jsonl").read_text().splitlines()]
 
 
 def losses(run_dir: Path, split: str = "train", name: str = "loss") -> dict[int, str]:

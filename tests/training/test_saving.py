@@ -20,7 +20,7 @@ from megapre.resilience.ranks import Ranks
 from megapre.training import trainer
 from megapre.verify.cells import parse
 from megapre.verify.pool import RankPool
-from tests.training.jobs import corpus, job, losses, run, same
+from tests.training.jobs import corpus, events, job, losses, run, same
 
 
 def run_on_a_full_disk(ranks: Ranks, config: Config, first: int, last: int) -> int:
@@ -53,6 +53,9 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_no_step(pool: Ran
         assert [entry.step for entry in list_checkpoints(root)] == [2, 8], mode
         assert losses(Path(config.train.run_dir)) == losses(tmp_path / "whole")
         same(root / store.step_name(8), tmp_path / "whole" / "checkpoints" / store.step_name(8))
+        told = events(Path(config.train.run_dir))
+        assert [event["event"] for event in told] == ["start", "unsaved", "unsaved", "end"], told
+        assert "rank 1 failed: No space left on device" in told[1]["reason"]
 
 
 def test_a_last_save_that_fails_is_the_failure_of_the_run(pool: RankPool, tmp_path: Path) -> None:
@@ -64,6 +67,7 @@ def test_a_last_save_that_fails_is_the_failure_of_the_run(pool: RankPool, tmp_pa
     else:
         raise AssertionError("the run claims to have saved")
     assert [entry.step for entry in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2]
+    assert "No space left on device" in events(tmp_path / "run")[-1]["error"]
 
 
 def run_by_another_clock(ranks: Ranks, config: Config) -> int:
