@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -310,6 +311,14 @@ def load(path: Path, wants: Iterable[tuple[Address, Tensor]]) -> None:
                     _pour(shard, piece, [(n, *wanted[n]) for n in numbers], filled, scratch)
     for (address, _), count in zip(wanted, filled):
         assert count == address.end - address.start, f"{address} was filled with {count} elements"
+
+
+def whole(path: Path, name: str) -> Tensor:
+    """A logical tensor in full, in its own number format. Raises CheckpointError as `load` does."""
+    shape, dtype = names(path).get(name, ((), torch.float32))
+    flat = torch.empty(prod(shape), dtype=dtype)
+    load(path, [(Address(name, shape, (0,) * len(shape), shape, 0, flat.numel()), flat)])
+    return flat.view(shape)
 
 
 def _refuse_want(path: Path, index: Index, address: Address, data: Tensor) -> None:

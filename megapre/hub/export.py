@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 
 import torch
@@ -18,7 +17,6 @@ from megapre.hub.families import Family, family, family_of
 from megapre.hub.folder import INDEX, SINGLE
 from megapre.hub.link import Link, their_shapes
 from megapre.models.spec import tensors
-from megapre.parallel.placement import Address
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENIZER_FILES = (
@@ -75,19 +73,11 @@ def _shards(
             group = {}
         for link in links:
             offset, size = link.box(shapes[link.ours])
-            value = _logical(checkpoint, link.ours, shapes[link.ours])
+            value = store.whole(checkpoint, f"weight/{link.ours}")
             value = value.T if link.transposed else value
             tensor[tuple(slice(o, o + n) for o, n in zip(offset, size))] = value.reshape(size)
         group[name] = tensor
     yield group
-
-
-def _logical(checkpoint: Path, name: str, shape: tuple[int, ...]) -> Tensor:
-    """A whole logical tensor of master weights."""
-    wide = store.names(checkpoint)[f"weight/{name}"][1]
-    flat = torch.empty(prod(shape), dtype=wide)
-    store.load(checkpoint, [(Address(f"weight/{name}", shape, (0,) * len(shape), shape, 0, flat.numel()), flat)])
-    return flat.view(shape)
 
 
 def _name_files(folder: Path, files: list[tuple[str, list[str]]], total: int) -> None:

@@ -55,6 +55,11 @@ class Import:
                 for box in boxes(address):
                     data[box.at : box.at + prod(box.size)] = self._read(self.links[name], box).to(data.dtype)
 
+    def whole(self, name: str) -> Tensor:
+        """One of our tensors in full, fp32."""
+        shape = self.shapes[name]
+        return self._read(self.links[name], Box((0,) * len(shape), shape, 0)).view(shape).float()
+
     def _read(self, link: Link, box: Box) -> Tensor:
         """A box of our tensor, flat."""
         base, _ = link.box(self.shapes[link.ours])

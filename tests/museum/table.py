@@ -15,13 +15,14 @@ from tests.museum.objectives import OBJECTIVE_MUTANTS
 from tests.museum.parallel import PARALLEL
 from tests.museum.proof import PROOF
 from tests.museum.state import STATE
+from tests.museum.strategies import STRATEGY_MUTANTS
 from tests.museum.training import TRAINING
 from tests.museum.triton import TRITON_MUTANTS
 
 OF_KERNELS = (*KERNELS, *TRITON_MUTANTS)
 ALL = (
     *PARALLEL, *TRAINING, *PROOF, *BLOCK_MUTANTS, *ARCHITECTURE_MUTANTS, *EXPERT_MUTANTS, *OBJECTIVE_MUTANTS, *DATA,
-    *STATE, *OF_KERNELS,
+    *STATE, *STRATEGY_MUTANTS, *OF_KERNELS,
 )  # fmt: skip
 """Those of ``QUICK`` run in `make test`, all of them in the nightly lane."""
 
