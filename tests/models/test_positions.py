@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megapre.config.schema import ModelConfig
+from megapre.models.embedding import sinusoids
 from megapre.models.positions import rope_tables
 
 SEED = random.SystemRandom().randrange(10**6)
@@ -76,3 +77,12 @@ def test_tables_are_exact_far_out_whatever_the_models_type() -> None:
             angle = position * (kept * plain + (1 - kept) * plain / 8)
             assert abs(float(cos[row, 0, pair]) - math.cos(angle)) < 1e-6
             assert abs(float(sin[row, 0, pair]) - math.sin(angle)) < 1e-6
+
+
+def test_sinusoids_are_exact_far_out() -> None:
+    found = sinusoids(torch.tensor(FAR), 6)
+    for row, position in enumerate(FAR):
+        for pair in range(3):
+            angle = position / 10000 ** (2 * pair / 6)
+            assert abs(float(found[row, 2 * pair]) - math.sin(angle)) < 1e-9
+            assert abs(float(found[row, 2 * pair + 1]) - math.cos(angle)) < 1e-9

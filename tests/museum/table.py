@@ -10,6 +10,7 @@ from tests.museum.architectures import ARCHITECTURE_MUTANTS
 from tests.museum.blocks import BLOCK_MUTANTS
 from tests.museum.data import DATA
 from tests.museum.experts import EXPERT_MUTANTS
+from tests.museum.hub import HUB_MUTANTS
 from tests.museum.kernels import KERNELS
 from tests.museum.objectives import OBJECTIVE_MUTANTS
 from tests.museum.parallel import PARALLEL
@@ -22,7 +23,7 @@ from tests.museum.triton import TRITON_MUTANTS
 OF_KERNELS = (*KERNELS, *TRITON_MUTANTS)
 ALL = (
     *PARALLEL, *TRAINING, *PROOF, *BLOCK_MUTANTS, *ARCHITECTURE_MUTANTS, *EXPERT_MUTANTS, *OBJECTIVE_MUTANTS, *DATA,
-    *STATE, *STRATEGY_MUTANTS, *OF_KERNELS,
+    *STATE, *STRATEGY_MUTANTS, *HUB_MUTANTS, *OF_KERNELS,
 )  # fmt: skip
 """Those of ``QUICK`` run in `make test`, all of them in the nightly lane."""
 

@@ -100,11 +100,17 @@ def test_evaluation_does_not_change_training() -> None:
 
 
 def test_validation_loss_is_the_training_loss() -> None:
-    """The same batch at the same weights, dropout off."""
-    config, vocab_size = scaled_down(Config(model=ModelConfig()))
-    made = build(Cell().apply(config), single(), torch.device("cpu"), vocab_size)
-    batch = batches(config, vocab_size, 1)[0]
-    assert float(made.step.evaluate(batch, count(batch))) == float(made.step(batch, count(batch), 0, 1e-3).loss)
+    """The same batch at the same weights, dropout off in validation and left out of the job in training."""
+    losses = []
+    for dropout in (0.0, 0.3):
+        job = Config(model=ModelConfig(dropout=dropout, attention_dropout=dropout))
+        config, vocab_size = scaled_down(job)
+        made = build(Cell().apply(config), single(), torch.device("cpu"), vocab_size)
+        batch = batches(config, vocab_size, 1)[0]
+        losses.append(float(made.step.evaluate(batch, count(batch))))
+        losses.append(float(made.step(batch, count(batch), 0, 1e-3).loss))
+    plain, trained, dropping, dropped = losses
+    assert dropping == trained == plain != dropped
 
 
 def test_the_loss_scale_leaves_no_trace() -> None:
