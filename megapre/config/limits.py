@@ -9,7 +9,7 @@ from typing import Any
 from megapre.config.schema import Config
 
 CHOICES = {
-    "model.architecture": ("decoder", "encoder", "encoder_decoder", "two_stream"),
+    "model.architecture": ("decoder", "encoder", "encoder_decoder", "two_stream", "replaced_token"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.activation": ("gelu", "gelu_exact", "relu", "swiglu", "geglu"),
     "model.norm_placement": ("pre", "post"),
@@ -68,6 +68,9 @@ SHARE, PROBABILITY = "between 0 and 1", "at least 0 and below 1"
 RANGES = {
     "model.layers": COUNT,
     "model.encoder_layers": NATURAL,
+    "model.generator_layers": NATURAL,
+    "model.generator_hidden": NATURAL,
+    "model.detection_loss": POSITIVE,
     "model.hidden": COUNT,
     "model.heads": COUNT,
     "model.kv_heads": NATURAL,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -10,12 +10,21 @@ class ModelConfig:
     """Shape of the network. GPT-2, Llama and BERT-like encoders are settings of the same block."""
 
     architecture: str = "decoder"
-    """``decoder`` (causal attention), ``encoder`` (full attention) ``encoder_decoder`` (both, T5 and BART) or
-    ``two_stream`` (content and query in a random order of the tokens, XLNet)."""
+    """``decoder`` (causal attention), ``encoder`` (full attention) ``encoder_decoder`` (both, T5 and BART),
+    ``two_stream`` (content and query in a random order of the tokens, XLNet) or ``replaced_token`` (two encoders, a
+    generator and a discriminator, ELECTRA)."""
     layers: int = 2
-    """Number of transformer blocks; with an encoder beside the decoder, the decoder's."""
+    """Number of transformer blocks; with an encoder beside the decoder, the decoder's; of ``replaced_token``, the
+    discriminator's."""
     encoder_layers: int = 0
     """Blocks of the encoder of ``encoder_decoder``."""
+    generator_layers: int = 0
+    """Blocks of the generator of ``replaced_token``."""
+    generator_hidden: int = 0
+    """Width of the generator, in features. Its heads are as wide as the discriminator's, and its MLP is as many times
+    its width."""
+    detection_loss: float = 50.0
+    """``replaced_token``: factor of the discriminator's loss beside the generator's."""
     hidden: int = 64
     """Width of the residual stream, in features."""
     heads: int = 4
@@ -97,7 +106,8 @@ class ModelConfig:
     """Segments of text that have an embedding of their own (2 in BERT); tokens without a type have type 0. With
     ``positions = "transformer_xl"`` scores know whether two tokens are of one type, instead (XLNet)."""
     mlm_transform: bool = False
-    """Dense layer, activation and norm before the output layer, which then has a bias (BERT's masked-LM head)."""
+    """Dense layer, activation and norm before the output layer, which then has a bias (BERT's masked-LM head); of
+    ``replaced_token``, the generator's."""
     sentence_classes: int = 0
     """Classes of the sentence that its first token tells, by a tanh layer and a linear one (BERT, ALBERT). 0: none."""
     share_layers: bool = False
@@ -144,7 +154,25 @@ class ModelConfig:
     @property
     def blocks(self) -> int:
         """Blocks that the stages of a pipeline share out."""
-        return self.layers + self.encoder_layers
+        return self.layers + self.encoder_layers + self.generator_layers
+
+    @property
+    def generator(self) -> ModelConfig:
+        """The generator of ``replaced_token`` as a model of its own, with the embeddings that both read."""
+        return replace(
+            self, architecture="encoder", layers=self.generator_layers, generator_layers=0, generator_hidden=0,
+            hidden=self.generator_hidden, heads=self.generator_hidden // self.head_dim, kv_heads=0,
+            head_size=self.head_dim, ffn_hidden=self.n_ffn * self.generator_hidden // self.hidden,
+            embedding_size=self.n_embedding,
+        )  # fmt: skip
+
+    @property
+    def discriminator(self) -> ModelConfig:
+        """The discriminator of ``replaced_token`` as a model of its own; no job has this one."""
+        return replace(
+            self, architecture="discriminator", generator_layers=0, generator_hidden=0, tied_embeddings=False,
+            mlm_transform=False,
+        )  # fmt: skip
 
     def has_experts(self, layer: int) -> bool:
         """Whether block ``layer``, counted from 1, is a mixture of experts."""

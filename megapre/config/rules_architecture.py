@@ -65,4 +65,59 @@ def two_stream_fits(config: Config) -> str | None:
     return None
 
 
-ARCHITECTURE_RULES = (encoder_is_described, encoder_decoder_fits, two_stream_fits)
+def generator_is_described(config: Config) -> str | None:
+    """A generator before the discriminator has blocks and a width that its heads divide; no other architecture one."""
+    model = config.model
+    for key in ("generator_layers", "generator_hidden"):
+        value = getattr(model, key)
+        if model.architecture == "replaced_token" and not value:
+            return f"model.architecture = 'replaced_token' needs model.{key} of at least 1, not 0"
+        if model.architecture != "replaced_token" and value:
+            return (
+                f"model.{key} ({value}) belongs to model.architecture = 'replaced_token' but this one is "
+                f"'{model.architecture}': leave it out"
+            )
+    if model.architecture == "replaced_token" and model.generator_hidden % model.head_dim:
+        return (
+            f"model.generator_hidden ({model.generator_hidden}) must be a multiple of the {model.head_dim} features "
+            f"of a head, which are the discriminator's"
+        )
+    return None
+
+
+def replaced_token_fits(config: Config) -> str | None:
+    """What generator and discriminator are not combined with, and how the generator fits the layout."""
+    model, parallel = config.model, config.parallel
+    if model.architecture != "replaced_token":
+        return None
+    if model.experts:
+        return f"model.architecture = 'replaced_token' has no experts: set model.experts to 0, not {model.experts}"
+    if model.n_kv_heads != model.heads:
+        return f"model.kv_heads ({model.kv_heads}) does not go with model.architecture = 'replaced_token': leave it out"
+    if model.gated:
+        return (
+            f"model.architecture = 'replaced_token' applies model.activation to one matrix in its head, so it needs "
+            f"'gelu', 'gelu_exact' or 'relu', not '{model.activation}'"
+        )
+    heads, ffn = model.generator.heads, model.generator.n_ffn
+    ranks = parallel.tensor * (parallel.context if parallel.context_method == "ulysses" else 1)
+    if heads % ranks:
+        return (
+            f"the generator's {heads} heads (model.generator_hidden = {model.generator_hidden} over {model.head_dim} "
+            f"features a head) must be a multiple of the {ranks} ranks that share them"
+        )
+    if not ffn or ffn % parallel.tensor:
+        return (
+            f"the generator's MLP of {ffn} features (model.ffn_hidden x model.generator_hidden / model.hidden) must be "
+            f"a multiple of parallel.tensor ({parallel.tensor}), and not 0"
+        )
+    return None
+
+
+ARCHITECTURE_RULES = (
+    encoder_is_described,
+    encoder_decoder_fits,
+    two_stream_fits,
+    generator_is_described,
+    replaced_token_fits,
+)

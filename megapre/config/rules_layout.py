@@ -7,7 +7,8 @@ from megapre.config.schema import Config
 
 def _counted(config: Config) -> str:
     """The keys whose sum is the number of blocks."""
-    return "model.layers + model.encoder_layers" if config.model.encoder_layers else "model.layers"
+    others = [name for name in ("encoder_layers", "generator_layers") if getattr(config.model, name)]
+    return " + ".join(f"model.{name}" for name in ("layers", *others))
 
 
 def heads_divide_over_tensor(config: Config) -> str | None:

@@ -102,8 +102,8 @@ def transformer_xl_fits(config: Config) -> str | None:
             f"parallel.context ({parallel.context}) has no attention for model.positions = 'transformer_xl': set it to "
             f"1"
         )
-    if model.architecture == "encoder_decoder":
-        return "model.positions = 'transformer_xl' is not there for model.architecture = 'encoder_decoder'"
+    if model.architecture in ("encoder_decoder", "replaced_token"):
+        return f"model.positions = 'transformer_xl' is not there for model.architecture = '{model.architecture}'"
     return None
 
 
@@ -125,10 +125,12 @@ def heads_have_what_they_read(config: Config) -> str | None:
             f"model.mlm_transform applies model.activation to one matrix, so it needs 'gelu', 'gelu_exact' or 'relu', "
             f"not '{model.activation}'"
         )
-    if model.embedding_size and model.tied_embeddings and not model.mlm_transform:
+    name, width = "generator_hidden" if model.generator_hidden else "hidden", model.generator_hidden or model.hidden
+    if model.n_embedding != width and model.tied_embeddings and not model.mlm_transform:
+        key = "embedding_size" if model.embedding_size else "hidden"
         return (
-            f"model.embedding_size ({model.embedding_size}) with tied embeddings needs model.mlm_transform, which "
-            f"brings features to that width: set it or model.tied_embeddings = false"
+            f"model.{key} ({model.n_embedding}), the width of tied embeddings, is not model.{name} ({width}): set "
+            f"model.mlm_transform, which brings features to that width, or model.tied_embeddings = false"
         )
     if model.architecture == "decoder" and (model.sentence_classes or model.mlm_transform):
         name = "sentence_classes" if model.sentence_classes else "mlm_transform"

@@ -140,9 +140,9 @@ class PostNormBlock(Block):
         return self.mlp_dropout.join_and_norm(ctx, second, x, *self.mlp(ctx, x))[0]
 
 
-def mean_square(layers: int, rms: dict[int, Tensor], device: torch.device) -> Tensor:
-    """The mean squares of a rank's blocks in a vector of all blocks, 0 elsewhere."""
-    values = torch.zeros(layers, device=device)
+def mean_square(blocks: list[int], rms: dict[int, Tensor], device: torch.device) -> Tensor:
+    """The mean squares of a rank's blocks in a vector of all, 0 elsewhere; ``blocks`` are their layers' numbers."""
+    values = torch.zeros(len(blocks), device=device)
     for layer, value in rms.items():
-        values[layer - 1] = value
+        values[blocks.index(layer)] = value
     return values

@@ -28,6 +28,7 @@ from megapre.models.encoder_decoder import (
 from megapre.models.heads import Head, Sentence, Transform
 from megapre.models.moe import MoE, Router
 from megapre.models.positions import Alibi, Bias, HeadNorm, Relative, Rotary, Turn, rope_tables
+from megapre.models.replaced_token import Detector, DetectorBlock, Replacement
 from megapre.models.transformer_xl import TransformerXL, sinusoids_of_distances
 from megapre.models.two_stream import TwoStreamAttention, TwoStreamBlock, TwoStreamEmbedding, TwoStreamHead
 from megapre.parallel.buckets import Buffers
@@ -141,7 +142,11 @@ class Model(nn.Module):
         batch = microbatch.tokens.shape[1]
         parts = self.grid.context.size * (self.grid.tensor.size if self.sequence else 1)
         return tuple(
-            Carried((len(getattr(microbatch, c.stream)) // parts, batch, c.width), self.dtype)
+            Carried(
+                (len(getattr(microbatch, c.stream)) // parts, batch, c.width),
+                torch.int64 if c.ids else self.dtype,
+                not c.ids,
+            )
             for c in spec.carried(self.config, layer)
         )
 
@@ -172,13 +177,14 @@ class _Builder:
         if model.config.positions == "transformer_xl":
             self.core = kernels.relative_attention
             self.sinusoids = sinusoids_of_distances(model.config, model.dtype, model.device)
-        self.recompute, self.recompute_layers = recompute, recompute_layers
+        self.recompute, self.recompute_layers, self.vocab_size = recompute, recompute_layers, model.vocab_size
 
     def stage(self, numbers: range) -> StageLayers:
         blocks = [number for number in spec.blocks(self.config) if number in numbers]
         chosen = frozenset(blocks[: self.recompute_layers or None])
         layers = [self.layer(number, self.recompute == "selective" and number in chosen) for number in numbers]
-        return StageLayers(numbers, layers, chosen if self.recompute == "full" else frozenset())
+        parts = {n: layer.loss for n, layer in zip(numbers, layers) if isinstance(layer, Replacement)}
+        return StageLayers(numbers, layers, chosen if self.recompute == "full" else frozenset(), parts)
 
     def layer(self, number: int, recompute_attention: bool) -> nn.Module:
         return LAYERS[spec.kinds(self.config)[number]](self, number, recompute_attention)
@@ -209,7 +215,22 @@ class _Builder:
         block = self.block(number, recompute_attention, partial(TwoStreamAttention, q))
         return TwoStreamBlock(self.config, number, block, self.kernels)
 
-    def embedding(self, config: ModelConfig, home: str = "embedding", stream: int = 0) -> EmbeddingLayer:
+    def replacement(self) -> Replacement:
+        head = self.head(self.config.generator, name=f"{spec.GENERATOR}head")
+        return Replacement(head, self.embedding(self.config.discriminator, stream=1), self.vocab_size)
+
+    def detector_block(self, number: int, recompute_attention: bool) -> DetectorBlock:
+        return DetectorBlock(self.block(number, recompute_attention))
+
+    def detector(self) -> Detector:
+        norm = self.norm("head.norm") if self.config.norm_placement == "pre" else None
+        dense, detect = self.dense("head.dense"), self.dense("head.detect")
+        rows = self.axis if self.sequence else Axis("alone")
+        return Detector(norm, dense, getattr(self.kernels, self.config.activation), detect, rows)
+
+    def embedding(
+        self, config: ModelConfig, home: str = "embedding", stream: int = 0, project: str = "embedding.project"
+    ) -> EmbeddingLayer:
         added: list[nn.Module] = []
         if config.positions == "learned":
             added.append(Positions(self.flat.parameter(f"{home}.positions.weight")))
@@ -219,19 +240,19 @@ class _Builder:
             added.append(TokenTypes(self.flat.parameter("embedding.types.weight")))
         tokens = Embedding(self.flat.parameter("embedding.tokens.weight"), self.axis, self.sequence)
         norm = self.norm(f"{home}.norm") if config.embedding_norm else None
-        project = self.dense("embedding.project") if self.flat.holds("embedding.project.weight") else None
-        return EmbeddingLayer(config, tokens, added, norm, project, self.kernels, stream)
+        widen = self.dense(project) if self.flat.holds(f"{project}.weight") else None
+        return EmbeddingLayer(config, tokens, added, norm, widen, self.kernels, stream)
 
-    def head(self, config: ModelConfig, kind: type[Head] = Head) -> Head:
-        norm = self.norm("head.norm") if config.norm_placement == "pre" else None
+    def head(self, config: ModelConfig, kind: type[Head] = Head, name: str = "head") -> Head:
+        norm = self.norm(f"{name}.norm") if config.norm_placement == "pre" else None
         transform = sentence = None
         if config.mlm_transform:
             activation = getattr(self.kernels, config.activation)
-            transform = Transform(self.dense("head.transform"), activation, self.norm("head.transform_norm"))
+            transform = Transform(self.dense(f"{name}.transform"), activation, self.norm(f"{name}.transform_norm"))
         if config.sentence_classes:
             sentence = Sentence(self.dense("head.pooler"), self.dense("head.sentence"))
-        weight = self.flat.parameter("embedding.tokens.weight" if config.tied_embeddings else "head.output.weight")
-        bias = self.flat.parameter("head.output.bias") if config.has_output_bias else None
+        weight = self.flat.parameter("embedding.tokens.weight" if config.tied_embeddings else f"{name}.output.weight")
+        bias = self.flat.parameter(f"{name}.output.bias") if config.has_output_bias else None
         output = Linear("column", weight, bias, self.axis, self.sequence)
         return kind(norm, transform, output, sentence, config.output_scale)
 
@@ -255,8 +276,9 @@ class _Builder:
 
     def bias(self, config: ModelConfig, name: str) -> Bias | None:
         if config.positions == "t5":
-            home = "encoder" if name.startswith("encoder.") else "embedding"
-            return Relative(config, self.flat.parameter(f"{home}.relative.weight"))
+            home = name[: name.index("blocks.")]
+            table = "encoder.relative" if home == "encoder." else f"{home}embedding.relative"
+            return Relative(config, self.flat.parameter(f"{table}.weight"))
         if config.positions != "alibi":
             return None
         own = config.heads // self.axis.size
@@ -328,6 +350,12 @@ LAYERS: dict[str, Callable[[_Builder, int, bool], nn.Module]] = {
     "encoder_block": _Builder.encoder_block,
     "decoder_block": _Builder.decoder_block,
     "decoder_head": lambda made, number, again: made.head(made.config, DecoderHead),
+    "generator_embedding": lambda made, number, again: made.embedding(
+        made.config.generator, project=f"{spec.GENERATOR}embedding.project"
+    ),
+    "replacement": lambda made, number, again: made.replacement(),
+    "detector_block": _Builder.detector_block,
+    "detector": lambda made, number, again: made.detector(),
     "two_stream_embedding": lambda made, number, again: made.two_stream_embedding(),
     "two_stream_block": _Builder.two_stream_block,
     "two_stream_head": lambda made, number, again: made.head(made.config, TwoStreamHead),

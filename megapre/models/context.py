@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from megapre.parallel.comm import Axis
 from megapre.parallel.tensor import Linear
 
 EMBEDDING, ATTENTION, MLP, WEIGHTS = range(4)
 """Kinds of dropout site."""
+SAMPLE = WEIGHTS
+"""Kind, in layer 0, of the draws of a generator's tokens: no attention is there."""
 CROSS = 1 << 19
 """Added to a layer's number by the sites of its cross-attention."""
 
@@ -86,6 +89,9 @@ class Context:
     """Output layer and its input to the scaled loss; None makes the head give logits."""
     sentence_loss: Callable[[Tensor, Context], Tensor] | None = None
     """Logits of the sentences' classes [batch, classes] to the scaled loss."""
+    detection_loss: Callable[[Tensor, Tensor, Context, Axis], Tensor] | None = None
+    """Logits [rows, batch], and whether these tokens are replaced, to the scaled loss; ranks of the axis hold different
+    rows."""
     leads: bool = True
     """Whether the first of this rank's rows is the first token of the sequence."""
     rope: tuple[Tensor, Tensor] | None = None

@@ -49,13 +49,16 @@ class Head(nn.Module):
         self.scale = scale
         """Of what the output layer reads."""
 
+    def read(self, x: Tensor) -> Tensor:
+        """What the output layer reads, of the normed features."""
+        y = x if self.transform is None else self.transform(x)
+        return y if self.scale == 1 else y * self.scale
+
     def forward(self, ctx: Context, x: Tensor) -> tuple[Tensor, ...]:
         """[rows, batch, hidden] to a scalar, or to logits [seq, batch, local vocabulary]."""
         if self.norm is not None:
             x = self.norm(x)
-        y = x if self.transform is None else self.transform(x)
-        if self.scale != 1:
-            y = y * self.scale
+        y = self.read(x)
         if ctx.loss is None:
             return (self.output(y),)
         loss = ctx.loss(self.output, y, ctx)

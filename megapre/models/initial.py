@@ -26,6 +26,7 @@ TABLES = (
 )
 OF_HEADS = (".content_bias", ".position_bias", ".segment_bias", ".segment_same", ".segment_other")
 """Endings of what is added to queries or met by them, one vector a head."""
+ENCODERS = ("encoder", "discriminator")
 
 
 def std(model: ModelConfig, spec: TensorSpec) -> float:
@@ -72,7 +73,7 @@ def _tfixup(model: ModelConfig, spec: TensorSpec) -> float:
 
     (9 L)^(-1/4) in a decoder, 0.67 L^(-1/4) in an encoder; embeddings have 1 / sqrt(width) before it.
     """
-    shrunk = 0.67 * model.layers**-0.25 if model.architecture == "encoder" else (9 * model.layers) ** -0.25
+    shrunk = 0.67 * model.layers**-0.25 if model.architecture in ENCODERS else (9 * model.layers) ** -0.25
     if spec.name in ("embedding.tokens.weight", "embedding.positions.weight"):
         return spec.shape[1] ** -0.5 * (9 * model.layers) ** -0.25
     scaled = ".mlp." in spec.name or spec.name.endswith((".attention.v.weight", ".attention.output.weight"))

@@ -14,6 +14,9 @@ from megapre.config.schema import ModelConfig
 from megapre.models import initial
 from megapre.parallel.placement import Shard, TensorSpec
 
+GENERATOR = "generator."
+"""What the names of the generator's own tensors begin with."""
+
 
 @dataclass(frozen=True)
 class Carry:
@@ -23,6 +26,8 @@ class Carry:
     """Features."""
     stream: str = "tokens"
     """The field of a microbatch whose positions its rows are."""
+    ids: bool = False
+    """Whether it holds whole numbers, int64, which have no gradient."""
 
 
 def kinds(model: ModelConfig) -> tuple[str, ...]:
@@ -35,6 +40,11 @@ def kinds(model: ModelConfig) -> tuple[str, ...]:
             "pair_embedding", *["encoder_block"] * encoder, *["decoder_block"] * blocks, "decoder_head",
         ),
         "two_stream": ("two_stream_embedding", *["two_stream_block"] * blocks, "two_stream_head"),
+        "replaced_token": (
+            "generator_embedding", *["block"] * model.generator_layers, "replacement",
+            *["detector_block"] * blocks, "detector",
+        ),
+        "discriminator": ("embedding", *["detector_block"] * blocks, "detector"),
     }[model.architecture]  # fmt: skip
 
 
@@ -45,16 +55,24 @@ def blocks(model: ModelConfig) -> list[int]:
 
 def carried(model: ModelConfig, layer: int) -> tuple[Carry, ...]:
     """What ``layer`` takes from the layer before it; the first takes nothing."""
+    if model.generator_layers and layer <= model.generator_layers + 1:
+        return carried(model.generator, layer)
     target = Carry(model.hidden)
     both = (Carry(model.hidden, "source"), target)
     takes = {"encoder_block": both, "decoder_block": both, "decoder_head": both}
+    takes |= dict.fromkeys(("detector_block", "detector"), (target, Carry(1, ids=True)))
     takes |= {"two_stream_block": (target, target), "two_stream_head": (target, target)}
     return takes.get(kinds(model)[layer], (target,)) if layer else ()
 
 
 def stack(model: ModelConfig, layer: int) -> tuple[ModelConfig, str]:
     """The single-stream model that block ``layer`` is like, and what the names of its tensors begin with."""
-    encoder = model.encoder_layers
+    encoder, generator = model.encoder_layers, model.generator_layers
+    if generator:
+        if layer <= generator:
+            like, name = stack(model.generator, layer)
+            return like, GENERATOR + name
+        return stack(model.discriminator, layer - generator - 1)
     if not encoder:
         return model, "blocks.0" if model.share_layers else f"blocks.{layer - 1}"
     if layer <= encoder:
@@ -72,6 +90,8 @@ def tensors(model: ModelConfig, vocab_size: int, tensor_ranks: int = 1) -> list[
 
     ``vocab_size`` is the number of real token ids; ``tensor_ranks`` decides how key/value heads are replicated.
     """
+    if model.generator_layers:
+        return _pair(model, vocab_size, tensor_ranks)
     specs = _embedding(model, vocab_size)
     for layer in blocks(model)[: 1 if model.share_layers else None]:
         specs += _block(*stack(model, layer), layer, tensor_ranks)
@@ -81,6 +101,27 @@ def tensors(model: ModelConfig, vocab_size: int, tensor_ranks: int = 1) -> list[
         specs += _encoder(model)
     specs += _head(model, vocab_size)
     return [replace(spec, std=initial.std(model, spec)) if spec.init == "normal" else spec for spec in specs]
+
+
+def _pair(model: ModelConfig, vocab_size: int, tensor_ranks: int) -> list[TensorSpec]:
+    """Generator and discriminator: the layer that ends the one begins the other, and both read the same embeddings.
+
+    What the generator has for itself is called as in a model of its own, behind `GENERATOR`.
+    """
+    middle = model.generator_layers + 1
+    generator = tensors(model.generator, vocab_size, tensor_ranks)
+    discriminator = tensors(model.discriminator, vocab_size, tensor_ranks)
+    specs = []
+    for spec in generator:
+        users = (*spec.layers, middle) if both_read(spec.name) and middle not in spec.layers else spec.layers
+        specs.append(replace(spec, layers=users, name=spec.name if both_read(spec.name) else GENERATOR + spec.name))
+    own = [spec for spec in discriminator if not both_read(spec.name)]
+    return specs + [replace(spec, layers=tuple(middle + layer for layer in spec.layers)) for spec in own]
+
+
+def both_read(name: str) -> bool:
+    """Whether generator and discriminator share this tensor: all embeddings, but for what depends on their widths."""
+    return name.startswith("embedding.") and not name.startswith(("embedding.project", "embedding.relative"))
 
 
 def _embedding(model: ModelConfig, vocab_size: int) -> list[TensorSpec]:
@@ -123,6 +164,8 @@ def _head(model: ModelConfig, vocab_size: int) -> list[TensorSpec]:
     layer, hidden = len(kinds(model)) - 1, model.hidden
     width = model.n_embedding if model.mlm_transform else hidden
     specs = _norm(model, "head.norm", layer) if model.norm_placement == "pre" else []
+    if model.architecture == "discriminator":
+        return specs + _dense("head.dense", (hidden, hidden), layer) + _dense("head.detect", (1, hidden), layer)
     if model.mlm_transform:
         specs += _dense("head.transform", (width, hidden), layer)
         specs += _norm(model, "head.transform_norm", layer, width)

@@ -37,12 +37,14 @@ def flops_per_token(model: ModelConfig, vocab: int) -> float:
     sequence / 2 in causal attention, all in full attention, fewer with a window; half as much again
     where queries also meet keys of distances (``transformer_xl``). Recomputation is not counted.
     Formula: arXiv 2104.04473 and PaLM's appendix B. With an encoder beside the decoder all is counted per token of the
-    decoder: source / sequence tokens of the encoder, and cross-attention.
+    decoder: source / sequence tokens of the encoder, and cross-attention. A generator and its output layer count too.
     """
     output = 6.0 * model.n_embedding * vocab
     if model.architecture == "two_stream":  # the query stream has all but keys and values
         keys = 2 * model.hidden * model.n_kv_heads * model.head_dim
         return 2 * _stack(model) - 6.0 * model.layers * keys + output
+    if model.generator_layers:
+        return _stack(model.generator) + _stack(model.discriminator) + output
     if not model.encoder_layers:
         return _stack(model) + output
     share, width = model.source_sequence / model.sequence, model.heads * model.head_dim

@@ -198,6 +198,25 @@ class Embedding(nn.Module):
         return _Embedding.apply(self.weight, ids, self.axis, self.sequence)
 
 
+class _OverRows(torch.autograd.Function):
+    """A sum over ranks, of which each makes the gradient of its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, axis: Axis) -> Tensor:
+        whole = part.clone()
+        axis.all_reduce(whole).wait()
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return gradient, None
+
+
+def over_rows(sums: Tensor, axis: Axis) -> Tensor:
+    """Sums over what ranks of ``axis`` have computed of different rows; equal on all of them."""
+    return sums if axis.size == 1 else _OverRows.apply(sums, axis)
+
+
 class _HeadLoss(torch.autograd.Function):
     """Sum of scale x loss over the rows; its gradients are made with it, while the logits of a chunk exist."""
 

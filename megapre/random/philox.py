@@ -182,6 +182,18 @@ def keep_mask_reference(
     return kept[..., first & 3 : (first & 3) + features].contiguous()
 
 
+def uniform(seed: int, site: int, positions: Tensor, samples: Tensor) -> Tensor:
+    """fp64 [P, B] in [0, 1): multiples of 2^-32, of positions int64 [P] and samples int64 [B].
+
+    The first word of the key and counter of ``keep_mask`` at step 0 and feature 0. A sample number belongs to one visit
+    of a text, so a run never draws the same twice.
+    """
+    position, sample = positions.view(-1, 1) & MASK, samples.view(1, -1)
+    key = ((sample >> 32) & MASK) ^ mix(seed)
+    words = philox((sample & MASK, position, torch.zeros_like(position), torch.full_like(position, site)), (key, 0))
+    return torch.broadcast_tensors(*words)[0].double() / 2.0**32
+
+
 def threshold(probability: float) -> int:
     """probability x 2^32, rounded: words below it are dropped. Raises ValueError outside [0, 1)."""
     if not 0.0 <= probability < 1.0:

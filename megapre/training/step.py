@@ -19,6 +19,7 @@ from megapre.kernels.registry import Kernels, choose
 from megapre.models.block import mean_square
 from megapre.models.build import Model
 from megapre.models.context import Context
+from megapre.models.spec import blocks
 from megapre.optim.clip import GradientNorm
 from megapre.optim.optimizer import Optimizer, frozen
 from megapre.optim.scaler import LossScale
@@ -117,12 +118,17 @@ class TrainStep:
         return self.held_out(microbatches, counts)["loss"]
 
     def held_out(self, microbatches: Sequence[Microbatch], counts: Counts) -> dict[str, Tensor]:
-        """``evaluate`` as ``loss``, and where that is a sum of several losses each of them as ``loss/NAME``."""
+        """``evaluate`` as ``loss``; where that is a sum of several losses, each of them as ``loss/NAME``.
+
+        ``replaced``: the share of tokens that a generator has replaced.
+        """
         contexts = self._contexts(microbatches, counts, 0, False, training=False)
         losses = self.executor.run(self._plan(len(contexts), False), contexts, self._carried(microbatches), self.flat)
         names = loss_parts(self.config.model)
-        parts = {name: [c.parts[name] for c in contexts if name in c.parts] for name in names if len(names) > 1}
-        means = {f"loss/{name}": self._mean_loss(part) for name, part in parts.items()}
+        told = {f"loss/{name}": name for name in names if len(names) > 1}
+        told |= {"replaced": "replaced"} if "detection" in names else {}
+        parts = {shown: [c.parts[name] for c in contexts if name in c.parts] for shown, name in told.items()}
+        means = {shown: self._mean_loss(part) for shown, part in parts.items()}
         means["loss"] = self._mean_loss(losses)
         return {name: mean / self.scaler.value for name, mean in means.items()}
 
@@ -143,12 +149,14 @@ class TrainStep:
         if training:  # validation reports the plain cross-entropy, whatever the objective adds to it
             terms = replace(terms, smoothing=train.label_smoothing, z_loss=train.z_loss)
         labels = self.scaler.value / max(1, counts.labels)
-        loss = Loss(self.scaler.value / counts.targets, labels, terms, self.kernels)
+        tokens, detection = self.scaler.value / max(1, counts.tokens), self.config.model.detection_loss
+        loss = Loss(self.scaler.value / counts.targets, labels, tokens, detection, terms, self.kernels)
         seed = train.seed
         contexts = [self.model.context(m, seed=seed, step=step, training=training) for m in microbatches]
         auxiliary = Auxiliary(self.scaler.value / self._sequences(microbatches))
         for context in contexts:
             context.loss, context.sentence_loss, context.auxiliary = loss, loss.sentence, auxiliary
+            context.detection_loss = loss.detection
             context.rms = {} if rms else None
             if context.encoder is not None:
                 context.encoder.rms = context.rms
@@ -174,7 +182,7 @@ class TrainStep:
     def _rms(self, contexts: list[Context]) -> Tensor | None:
         if contexts[0].rms is None:
             return None
-        layers = self.model.config.blocks
-        squares = torch.stack([mean_square(layers, c.rms or {}, self.model.device) for c in contexts]).mean(0)
+        every = blocks(self.model.config)
+        squares = torch.stack([mean_square(every, c.rms or {}, self.model.device) for c in contexts]).mean(0)
         self.grid.world.all_reduce(squares).wait()
         return (squares / (self.grid.tensor.size * self.grid.replicas.size)).sqrt()

@@ -163,6 +163,11 @@ def scaled_down(config: Config) -> tuple[Config, int]:
     if m.encoder_layers:
         model = replace(model, layers=4, encoder_layers=3, source_sequence=SOURCES[data.objective][0])
         data = replace(data, **SOURCES[data.objective][1])
+    if m.generator_layers:  # the generator's heads are cut as the discriminator's
+        model = replace(
+            model, layers=4, generator_layers=3, heads=8, kv_heads=0, hidden=2 * hidden, generator_hidden=hidden,
+            ffn_hidden=104,
+        )  # fmt: skip
     if m.experts:
         model = replace(
             model, experts=8, experts_per_token=min(3, m.experts_per_token), expert_hidden=36,

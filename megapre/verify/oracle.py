@@ -7,7 +7,7 @@ the counter-based dropout mask. Everything a layout must not change is computed 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from megapre.models.build import DTYPES
 from megapre.models.context import EMBEDDING, site
 from megapre.optim.schedule import learning_rate
 from megapre.random.philox import normal
-from megapre.verify import oracle_encoder_decoder, oracle_moe, oracle_optim, oracle_two_stream
+from megapre.verify import oracle_encoder_decoder, oracle_moe, oracle_optim, oracle_replaced, oracle_two_stream
 from megapre.verify.oracle_block import Dropper, Weights, block, linear, mlp, norm, pointwise
 from megapre.verify.oracle_moe import Ledger
 from megapre.verify.oracle_positions import sinusoid
@@ -72,9 +72,11 @@ def train(config: Config, vocab_size: int, batches: Sequence[Sequence[Microbatch
         ledgers.append(Ledger(biases))
         sums = [loss_sums(config, weights, m, step, ledgers[-1]) for m in batch]
         loss = torch.stack([tokens for tokens, _ in sums]).sum() / sum(float(m.weights.sum()) for m in batch)
+        others = torch.stack([other for _, other in sums]).sum()
         if config.model.sentence_classes:
-            labels = sum(float(_labels(m)[1].sum()) for m in batch)
-            loss = loss + torch.stack([sentences for _, sentences in sums]).sum() / labels
+            loss = loss + others / sum(float(_labels(m)[1].sum()) for m in batch)
+        if config.model.architecture == "replaced_token":
+            loss = loss + config.model.detection_loss * others / sum(m.tokens.numel() for m in batch)
         for w in weights.values():
             w.grad = None
         (loss + ledgers[-1].auxiliary / sum(m.tokens.shape[1] for m in batch)).backward()
@@ -109,17 +111,43 @@ def loss_sum(config: Config, w: Weights, m: Microbatch, step: int, ledger: Ledge
 def loss_sums(
     config: Config, w: Weights, m: Microbatch, step: int | None, ledger: Ledger | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The sums over target tokens and over labelled samples of their losses."""
+    """The sums over target tokens and over labelled samples, or over all tokens of a discriminator, of their losses."""
+    if config.model.architecture == "replaced_token":
+        return _pair_sums(config, w, m, step, ledger)
     x = features(config, w, m, Dropper(config, m, step), ledger)
-    scores = vocabulary(config.model, w, x).flatten(0, 1)
-    smoothing = config.train.label_smoothing
-    losses = F.cross_entropy(scores, m.targets.flatten(), reduction="none", label_smoothing=smoothing)
-    losses = losses + config.train.z_loss * scores.logsumexp(-1).square()
     sentences = torch.zeros((), dtype=torch.float64)
     if config.model.sentence_classes:
         labels, weights = _labels(m)
         sentences = (F.cross_entropy(classes(w, x), labels, reduction="none") * weights).sum()
-    return (losses * m.weights.double().flatten()).sum(), sentences
+    return _token_sum(config, vocabulary(config.model, w, x), m), sentences
+
+
+def _token_sum(config: Config, scores: Tensor, m: Microbatch) -> Tensor:
+    scores, smoothing = scores.flatten(0, 1), config.train.label_smoothing
+    losses = F.cross_entropy(scores, m.targets.flatten(), reduction="none", label_smoothing=smoothing)
+    losses = losses + config.train.z_loss * scores.logsumexp(-1).square()
+    return (losses * m.weights.double().flatten()).sum()
+
+
+def _pair_sums(
+    config: Config, w: Weights, m: Microbatch, step: int | None, ledger: Ledger | None
+) -> tuple[Tensor, Tensor]:
+    """Generator, what it writes, and the discriminator that reads it."""
+    drop = Dropper(config, m, step)
+    model, own = oracle_replaced.generator(config.model), oracle_replaced.generators(w)
+    scores = logits(replace(config, model=model), own, m, drop)
+    text, replaced = oracle_replaced.written(config, m, scores)
+    if ledger is not None:
+        ledger.choices.setdefault("written", []).append(text)
+    told = detection(config, w, replace(m, tokens=text), drop)
+    return _token_sum(config, scores, m), oracle_replaced.loss(told, replaced)
+
+
+def detection(config: Config, w: Weights, m: Microbatch, drop: Dropper | None = None) -> Tensor:
+    """The discriminator's logits [seq, batch] of the tokens of ``m``."""
+    model = replace(config.model, architecture="encoder")
+    x = _encoded(model, w, m, drop or Dropper(config, m, None), None, behind=model.generator_layers + 1)
+    return oracle_replaced.told(model, w, x)
 
 
 def logits(
@@ -136,14 +164,21 @@ def features(config: Config, w: Weights, m: Microbatch, drop: Dropper, ledger: L
         return oracle_encoder_decoder.features(config, w, m, drop.step)
     if model.architecture == "two_stream":
         return oracle_two_stream.features(config, w, m, drop.step)
-    x = embedded(model, w, m, drop)
+    return _encoded(model, w, m, drop, ledger)
+
+
+def _encoded(
+    model: ModelConfig, w: Weights, m: Microbatch, drop: Dropper, ledger: Ledger | None, behind: int = 0
+) -> Tensor:
+    """One stack; ``behind`` layers of another, dropout tells them apart."""
+    x = embedded(model, w, m, drop, int(behind > 0))
     for index in range(model.layers):
         work = partial(oracle_moe.apply, ledger=ledger) if model.has_experts(index + 1) else mlp
-        x = block(model, w, f"blocks.{0 if model.share_layers else index}", index + 1, x, m, drop, work)
+        x = block(model, w, f"blocks.{0 if model.share_layers else index}", behind + index + 1, x, m, drop, work)
     return x if model.norm_placement == "post" else norm(model, w, "head.norm", x)
 
 
-def embedded(model: ModelConfig, w: Weights, m: Microbatch, drop: Dropper) -> Tensor:
+def embedded(model: ModelConfig, w: Weights, m: Microbatch, drop: Dropper, stream: int = 0) -> Tensor:
     """The first block's input."""
     x = w["embedding.tokens.weight"][m.tokens] * model.embedding_scale
     if model.positions == "learned":
@@ -154,7 +189,7 @@ def embedded(model: ModelConfig, w: Weights, m: Microbatch, drop: Dropper) -> Te
         x = x + w["embedding.types.weight"][torch.zeros_like(m.tokens) if m.token_types is None else m.token_types]
     if model.embedding_norm:
         x = norm(model, w, "embedding.norm", x)
-    x = drop(x, model.dropout, site(0, EMBEDDING))
+    x = drop(x, model.dropout, site(0, EMBEDDING, stream))
     return linear(w, "embedding.project", x) if "embedding.project.weight" in w else x
 
 

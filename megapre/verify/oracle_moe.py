@@ -27,7 +27,7 @@ class Ledger:
     loads: Weights = field(default_factory=dict)
     """By block: choices of each expert."""
     choices: dict[str, list[Tensor]] = field(default_factory=dict)
-    """By block: int64 [seq, batch, k] of each microbatch."""
+    """By block: int64 [seq, batch, k] of each microbatch. Of a generator, as ``written``: its text [seq, batch]."""
     balance: float = 0.0
     """Sum over sequences and routers of the load-balance loss, unweighted."""
     z: float = 0.0

@@ -29,6 +29,7 @@ from megapre.config.schema import Config, KernelsConfig, OptimizerConfig, Parall
 from megapre.data.loader import count
 from megapre.models.context import Context
 from megapre.models.moe import Router
+from megapre.models.replaced_token import Replacement
 from megapre.optim.schedule import learning_rate
 from megapre.parallel.grid import Grid
 from megapre.parallel.layout import Slot
@@ -132,6 +133,9 @@ def _compare(
         if replay:
             for layer, router in engine.step.routing.routers.items():
                 router.choose = Replay(router, known, f"blocks.{layer - 1}.mlp", sums)  # type: ignore[method-assign]
+            for module in engine.model.layers:
+                if isinstance(module, Replacement):
+                    module.fill = Rewrite(module, known, sums, config)  # type: ignore[method-assign]
         for step, batch in enumerate(batches(config, vocab_size, STEPS)):
             mine = share(batch, grid.data.rank, grid.data.size, config.train.microbatch)
             loss, rms = engine.step.compute_gradients(mine, count(batch), step)
@@ -180,6 +184,29 @@ class Replay:
         before = self.sums.values.get(f"choice/{self.name}", [0.0])[0] ** 0.5
         self.sums.add(f"choice/{self.name}", max(missed, before), 1.0)
         return ids
+
+
+class Rewrite:
+    """In a generator's place: what the oracle's wrote, held against the engine's own draws.
+
+    For the reason of `Replay`. Ids rise with the uniform numbers, so the oracle's lie between those that the engine
+    draws from slightly smaller and slightly larger ones, unless more than rounding sets the probabilities apart.
+    """
+
+    def __init__(self, layer: Replacement, known: Any, sums: _Sums, config: Config) -> None:
+        self.layer, self.known, self.sums = layer, known, sums
+        self.off = CHOICE * RESOLUTION[config.precision.dtype]
+
+    def __call__(self, ctx: Context, x: Tensor) -> Tensor:
+        """As ``Replacement.fill``."""
+        given = self.known.get_tensor(f"choices/{ctx.step}/written")
+        given = given[:, ctx.samples.cpu() % given.shape[1]][ctx.places.cpu()].to(x.device)
+        numbers = self.layer.numbers(ctx)
+        low, high = (self.layer.draw(x, numbers + off) for off in (-self.off, self.off))
+        missed = ((given < low) | (given > high)) & (ctx.weights > 0)
+        before = self.sums.values.get("choice/written", [0.0])[0] ** 0.5
+        self.sums.add("choice/written", max(float(missed.any()), before), 1.0)
+        return given
 
 
 class _Sums:

@@ -18,6 +18,10 @@ PAIR = {
     "model__architecture": "encoder_decoder", "model__encoder_layers": 2, "model__source_sequence": 18,
     "data__objective": "span_corruption",
 }  # fmt: skip
+ELECTRA = {
+    "model__architecture": "replaced_token", "model__generator_layers": 1, "model__generator_hidden": 32,
+    "data__objective": "replaced", "model__mlm_transform": True,
+}  # fmt: skip
 STREAMS = {"model__architecture": "two_stream", "data__objective": "permuted"}
 
 
@@ -72,6 +76,17 @@ def test_defaults_pass_and_data_resolves() -> None:
         ({**PAIR, "parallel__pipeline": 2, "parallel__layers_per_stage": [1, 2]}, None,
          ["sums to 3", "model.layers + model.encoder_layers is 4"]),
         ({**STREAMS, "parallel__context": 2}, None, ["parallel.context (2)", "'two_stream'"]),
+        ({"model__generator_layers": 2}, None, ["model.generator_layers (2) belongs to", "'replaced_token'"]),
+        ({**ELECTRA, "model__generator_hidden": 0}, None, ["needs model.generator_hidden of at least 1"]),
+        ({**ELECTRA, "model__generator_hidden": 40}, None, ["model.generator_hidden (40)", "16 features"]),
+        ({**ELECTRA, "model__mlm_transform": False}, None, ["model.hidden (64)", "model.generator_hidden (32)"]),
+        ({**ELECTRA, "parallel__tensor": 4}, None, ["the generator's 2 heads", "4 ranks"]),
+        ({**ELECTRA, "model__ffn_hidden": 66, "parallel__tensor": 2}, None, ["generator's MLP of 33 features"]),
+        ({**ELECTRA, "model__experts": 4}, None, ["'replaced_token' has no experts"]),
+        ({**ELECTRA, "model__kv_heads": 2}, None, ["model.kv_heads (2)", "'replaced_token'"]),
+        ({**ELECTRA, "model__activation": "swiglu", "model__mlm_transform": False, "model__embedding_size": 32}, None,
+         ["'replaced_token' applies model.activation to one matrix"]),
+        ({**ELECTRA, "data__objective": "masked"}, None, ["needs data.objective = 'replaced'"]),
         ({**STREAMS, "model__token_types": 2}, None, ["model.token_types (2)", "'two_stream'"]),
         ({**PAIR, "model__share_layers": True}, None, ["model.share_layers (true)", "single stacks"]),
         ({**PAIR, "data__objective": "causal"}, None, ["'span_corruption'", "not 'causal'"]),

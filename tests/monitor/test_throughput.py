@@ -61,6 +61,19 @@ def test_an_encoder_and_cross_attention_count_with_their_own_lengths() -> None:
     assert flops_per_token(model, 50) * 10 == pytest.approx(3 * (linear + scores))
 
 
+def test_a_generator_counts_beside_the_discriminator() -> None:
+    """Against the sum over the tensors of the spec, each times the tokens it meets, and the scores written out."""
+    model = ModelConfig(
+        architecture="replaced_token", layers=3, generator_layers=2, hidden=24, heads=4, generator_hidden=12,
+        sequence=10, positions="none", tied_embeddings=False,
+    )  # fmt: skip
+    blocks = [t for t in spec.tensors(model, 50) if len(t.shape) == 2 and "blocks." in t.name]
+    assert sum("generator." in t.name for t in blocks) == 2 * 6
+    linear = sum(2 * prod(t.shape) * 10 for t in blocks) + 2 * 24 * 50 * 10
+    scores = 4 * 10 * 10 * (3 * 24 + 2 * 12)
+    assert flops_per_token(model, 50) * 10 == pytest.approx(3 * (linear + scores))
+
+
 def test_only_experts_that_work_on_a_token_count() -> None:
     """Mixtral 8x7B: 12.9 billion of 46.7 billion parameters are active."""
     mixtral = ModelConfig(

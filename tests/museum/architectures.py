@@ -6,6 +6,8 @@ from tests.museum.mutant import Mutant
 
 PAIRS = "tests/equivalence/test_encoder_decoder.py::test_layout_agrees_with_the_oracle"
 STREAMS = "tests/equivalence/test_two_stream.py::test_layout_agrees_with_the_oracle"
+REPLACED = "tests/equivalence/test_replaced_token.py::test_layout_agrees_with_the_oracle"
+REPLACEMENT = "tests/models/test_replaced_token.py"
 EXECUTOR = "tests/parallel/test_executor.py::test_a_tuple_of_tensors_goes_through_any_schedule"
 
 ARCHITECTURE_MUTANTS = (
@@ -76,8 +78,8 @@ ARCHITECTURE_MUTANTS = (
     Mutant(
         "one-table-of-distances-for-both-stacks",
         "megapre/models/build.py",
-        'home = "encoder" if name.startswith("encoder.") else "embedding"',
-        'home = "embedding"',
+        'table = "encoder.relative" if home == "encoder."',
+        'table = "embedding.relative" if home == "encoder."',
         f"{PAIRS}[t5-4x1x1]",
         "T5's encoder uses the decoder's relative bias",
     ),
@@ -144,5 +146,109 @@ ARCHITECTURE_MUTANTS = (
         "pass",
         f"{EXECUTOR}[False-1f1b-2-1]",
         "the loss of a validation is the last stage's part alone",
+    ),
+    Mutant(
+        "hidden-counts-as-replaced",
+        "megapre/models/replaced_token.py",
+        "replaced = (written != ctx.targets).long()",
+        "replaced = (ctx.weights > 0).long()",
+        f"{REPLACEMENT}::test_only_hidden_tokens_are_written_and_the_same_token_replaces_nothing",
+        "a sample that happens to be the token of the text is called replaced: the discriminator learns the mask",
+    ),
+    Mutant(
+        "replaced-is-other-than-the-masked-input",
+        "megapre/models/replaced_token.py",
+        "replaced = (written != ctx.targets).long()",
+        "replaced = (written != ctx.tokens).long()",
+        f"{REPLACED}[electra-1x1x2+zero2]",
+        "truth of the discriminator from the generator's input, where hidden tokens are [MASK]",
+    ),
+    Mutant(
+        "discriminator-reads-the-masked-text",
+        "megapre/models/replaced_token.py",
+        "torch.where(ctx.weights > 0, self.fill(ctx, x), ctx.targets)",
+        "torch.where(ctx.weights > 0, self.fill(ctx, x), ctx.tokens)",
+        f"{REPLACED}[electra-1x1x2+zero2]",
+        "what the generator leaves alone is its input, not the text",
+    ),
+    Mutant(
+        "gradient-through-the-samples",
+        "megapre/models/replaced_token.py",
+        "return *self.embedding(replace(ctx, tokens=written)), replaced",
+        "return self.embedding(replace(ctx, tokens=written))[0] + x.mean() - x.detach().mean(), replaced",
+        f"{REPLACED}[electra-1x1x2+zero2]",
+        "the discriminator's gradient reaches the generator, which learns to be easily told",
+    ),
+    Mutant(
+        "lambda-forgotten",
+        "megapre/training/step.py",
+        "max(1, counts.tokens), self.config.model.detection_loss",
+        "max(1, counts.tokens), 1.0",
+        f"{REPLACED}[electra-1x1x2+zero2]",
+        "the discriminator's loss without its factor of 50",
+    ),
+    Mutant(
+        "detection-over-the-hidden-tokens",
+        "megapre/training/step.py",
+        "tokens, detection = self.scaler.value / max(1, counts.tokens)",
+        "tokens, detection = self.scaler.value / max(1, counts.targets)",
+        f"{REPLACED}[electra-1x1x2+zero2]",
+        "the discriminator's loss is a mean over all tokens, not over those that the generator wrote",
+    ),
+    Mutant(
+        "padding-of-a-validation-is-told",
+        "megapre/training/loss.py",
+        "scale = (context.samples >= 0).to(self.scale.dtype) * self.token_scale",
+        "scale = self.token_scale",
+        f"{REPLACEMENT}::test_what_fills_up_a_validation_does_not_count",
+        "samples that fill up the last batch of a validation enter its loss",
+    ),
+    Mutant(
+        "shards-of-rows-not-summed",
+        "megapre/training/loss.py",
+        "over_rows(torch.stack([(losses * scale).sum(), (truth * scale).sum()]), axis)",
+        "torch.stack([(losses * scale).sum(), (truth * scale).sum()])",
+        f"{REPLACED}[electra-2x1x1+sp]",
+        "under sequence parallelism the loss is that of the first rank's tokens",
+    ),
+    Mutant(
+        "generator-draws-by-local-place",
+        "megapre/models/replaced_token.py",
+        "return uniform(ctx.seed, site(0, SAMPLE), ctx.places, ctx.samples)",
+        "return uniform(ctx.seed, site(0, SAMPLE), torch.arange(len(ctx.places)), ctx.samples)",
+        f"{REPLACED}[electra-2x1x1+ring:2+sp]",
+        "context ranks draw the same numbers for different tokens",
+    ),
+    Mutant(
+        "generator-draws-by-place-in-the-microbatch",
+        "megapre/models/replaced_token.py",
+        "return uniform(ctx.seed, site(0, SAMPLE), ctx.places, ctx.samples)",
+        "return uniform(ctx.seed, site(0, SAMPLE), ctx.places, torch.arange(len(ctx.samples)))",
+        f"{REPLACED}[electra-1x1x2+zero2]",
+        "every sample of a run is filled in by the same random numbers",
+    ),
+    Mutant(
+        "draw-forgets-the-other-shards",
+        "megapre/parallel/sampling.py",
+        "(sums <= (uniforms * ends[-1] - before).unsqueeze(-1))",
+        "(sums <= (uniforms * ends[-1]).unsqueeze(-1))",
+        f"{REPLACED}[electra-2x1x1+sp]",
+        "each shard of the vocabulary counts from zero",
+    ),
+    Mutant(
+        "padded-tokens-are-drawn",
+        "megapre/parallel/sampling.py",
+        "logits[:, valid:] = -torch.inf",
+        "pass",
+        f"{REPLACED}[pre-4x1x1]",
+        "probability of the rows that pad the vocabulary",
+    ),
+    Mutant(
+        "generator-and-discriminator-drop-alike",
+        "megapre/models/build.py",
+        "self.embedding(self.config.discriminator, stream=1)",
+        "self.embedding(self.config.discriminator)",
+        f"{REPLACED}[electra-1x1x2+zero2]",
+        "both embeddings share one dropout mask",
     ),
 )

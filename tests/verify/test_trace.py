@@ -36,7 +36,13 @@ ALBERT = Config(
     data=DataConfig(objective="sentence_order"),
 )
 PREFIX = replace(GPT, data=DataConfig(objective="prefix"))
-JOBS = {"llama": LLAMA, "gpt": GPT, "bart": BART, "albert": ALBERT, "prefix": PREFIX}
+ELECTRA = Config(
+    model=ModelConfig(
+        heads=4, architecture="replaced_token", generator_layers=2, generator_hidden=32, mlm_transform=True
+    ),
+    data=DataConfig(objective="replaced"),
+)
+JOBS = {"llama": LLAMA, "gpt": GPT, "bart": BART, "albert": ALBERT, "prefix": PREFIX, "electra": ELECTRA}
 
 
 def real(ranks: Ranks, config: Config, vocab_size: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
@@ -51,7 +57,8 @@ def real(ranks: Ranks, config: Config, vocab_size: int) -> tuple[dict[str, int],
     ("job", "layout"),
     [
         ("gpt", "1x1x1"), ("llama", "2x1x1+sp"), ("gpt", "1x2x2"), ("llama", "1x2x1+zb-v:2"),
-        ("llama", "1x1x1+ring:2"), ("bart", "1x2x1"), ("albert", "2x1x1"), ("prefix", "1x1x2"),
+        ("llama", "1x1x1+ring:2"), ("bart", "1x2x1"), ("albert", "2x1x1"), ("prefix", "1x1x2"), ("electra", "2x1x1"),
+        ("electra", "1x2x1"),
     ],
 )  # fmt: skip
 def test_a_real_step_holds_and_sends_what_trace_says(job: str, layout: str, pool: RankPool) -> None:
