@@ -1,16 +1,22 @@
-"""BERT, RoBERTa, ALBERT and ELECTRA's generator: encoders with norms behind the sums. Torch-free."""
+"""BERT, RoBERTa, ALBERT and ELECTRA: encoders with norms behind the sums. Torch-free.
+
+ELECTRA's discriminator has its generator beside it, in a folder of its own (`PART`): they were trained
+together and share embeddings, which both files hold. A generator alone is an encoder.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from megapre.config.model import ModelConfig
 from megapre.hub.link import Link, matrices
-from megapre.hub.settings import Settings
+from megapre.hub.settings import PART, Settings
+from megapre.models.spec import GENERATOR, both_read
 
 ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
 IGNORED = (
-    r"(\w+\.)?embeddings\.(position_ids|token_type_ids)",
+    r"(generator/)?(\w+\.)?embeddings\.(position_ids|token_type_ids)",
     r"((bert|roberta|electra|albert)\.)?pooler\.(dense\.)?(weight|bias)",
     r"cls\.seq_relationship\.(weight|bias)",
 )
@@ -23,7 +29,14 @@ COPIES = {
     "generator_lm_head.weight": "electra.embeddings.word_embeddings.weight",
     "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
     "predictions.decoder.bias": "predictions.bias",
-}
+    f"{PART}/generator_lm_head.weight": "electra.embeddings.word_embeddings.weight",
+} | {
+    f"{PART}/electra.embeddings.{name}": f"electra.embeddings.{name}"
+    for name in (
+        "word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight", "LayerNorm.weight",
+        "LayerNorm.bias",
+    )
+}  # fmt: skip
 """Tensors that some files hold twice."""
 HEADS = {
     "bert": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
@@ -50,8 +63,45 @@ ALBERTS_PARTS = {
 }  # fmt: skip
 
 
+PAIR, MASKED = "ElectraForPreTraining", "ElectraForMaskedLM"
+AGREED = (
+    "heads", "head_dim", "n_ffn", "n_embedding", "vocab_size", "sequence", "token_types", "activation", "norm_eps",
+    "mlm_transform", "tied_embeddings",
+)  # fmt: skip
+"""What follows of a generator from its layers, its width and its discriminator."""
+
+
 def model(s: Settings) -> dict[str, Any]:
     """[model] of a config."""
+    generator, kind = s.take(PART), s.take("model_type")
+    if kind != "electra" or (s.take("architectures") or [""])[0] != PAIR:
+        if generator is not None:
+            raise ValueError(f"{s.where} has a folder {PART!r} beside it but is no {PAIR}: take it away.")
+        return _encoder(s)
+    if generator is None:
+        raise ValueError(
+            f"{s.where} is a discriminator ({PAIR}) alone: put the folder of its generator, an ElectraForMaskedLM, "
+            f"beside it under the name {PART!r}."
+        )
+    beside = Settings(generator, f"{s.where}, folder {PART!r},")
+    small = ModelConfig(**_encoder(beside))
+    beside.finish()
+    found = _encoder(s) | {
+        "architecture": "replaced_token", "generator_layers": small.layers, "generator_hidden": small.hidden,
+    }  # fmt: skip
+    told = ModelConfig(**found)
+    for name in AGREED:
+        ours, theirs = getattr(told.generator, name), getattr(small, name)
+        if ours != theirs:
+            raise ValueError(
+                f"{beside.where} has {name} = {theirs!r} where megapre's generator of width {small.hidden} beside this "
+                f"discriminator has {ours!r}."
+            )
+    return found
+
+
+def _encoder(s: Settings) -> dict[str, Any]:
+    """[model] of a single stack."""
     kind, hidden = s.take("model_type"), s.number("hidden_size")
     s.fixed(is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
     s.unused("summary_type", "summary_use_proj", "summary_activation", "summary_last_dropout", "net_structure_type")
@@ -92,6 +142,9 @@ def model(s: Settings) -> dict[str, Any]:
 
 def config(m: ModelConfig, kind: str) -> dict[str, Any]:
     """``config.json`` of a model."""
+    if m.architecture == "replaced_token" and kind == "electra":
+        both = {"architectures": [PAIR], PART: {"architectures": [MASKED]} | config(m.generator, kind)}
+        return config(m.discriminator, kind) | both
     found = {
         "hidden_size": m.hidden,
         "num_hidden_layers": m.layers,
@@ -115,7 +168,11 @@ def config(m: ModelConfig, kind: str) -> dict[str, Any]:
 
 
 def links(m: ModelConfig, kind: str) -> list[Link]:
-    """Where every tensor lies."""
+    """Where every tensor lies. What a generator and its discriminator share lies in the files of both."""
+    if m.architecture == "replaced_token":
+        beside = [replace(link, theirs=f"{PART}/{link.theirs}") for link in links(m.generator, kind)]
+        own = [link if both_read(link.ours) else replace(link, ours=GENERATOR + link.ours) for link in beside]
+        return own + links(m.discriminator, kind)
     base = f"{kind}."
     found = [
         Link("embedding.tokens.weight", f"{base}embeddings.word_embeddings.weight"),
@@ -127,7 +184,7 @@ def links(m: ModelConfig, kind: str) -> list[Link]:
         Link("embedding.types.weight", f"{base}embeddings.token_type_embeddings.weight"),
         *matrices("embedding.norm", f"{base}embeddings.LayerNorm", bias=True),
     ]
-    if m.embedding_size:
+    if m.embedding_size and (kind == "albert" or m.n_embedding != m.hidden):
         project = "encoder.embedding_hidden_mapping_in" if kind == "albert" else "embeddings_project"
         found += matrices("embedding.project", f"{base}{project}", bias=True)
     if m.share_layers:
@@ -141,6 +198,9 @@ def links(m: ModelConfig, kind: str) -> list[Link]:
         dense, norm, bias = HEADS[kind]
         found += matrices("head.transform", dense, bias=True) + matrices("head.transform_norm", norm, bias=True)
         found.append(Link("head.output.bias", bias))
+    if m.architecture == "discriminator":
+        for ours, theirs in (("head.dense", "dense"), ("head.detect", "dense_prediction")):
+            found += matrices(ours, f"discriminator_predictions.{theirs}", bias=True)
     if m.sentence_classes:
         pooler, classes = SENTENCES[kind]
         found += matrices("head.pooler", f"{base}{pooler}", bias=True) + matrices("head.sentence", classes, bias=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +18,7 @@ from megapre.config.schema import Config
 from megapre.hub.families import Family, family, family_of
 from megapre.hub.folder import INDEX, SINGLE
 from megapre.hub.link import Link, their_shapes
+from megapre.hub.settings import PART
 from megapre.models.spec import tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,17 +36,30 @@ def export(
     """Write the weights of ``checkpoint`` to ``folder``, in files of at most ``shard_bytes``; returns the family.
 
     ``kind``: the ``model_type``; empty: the first that can be this model. ``tokenizer``: a folder whose tokenizer files
-    are copied. The master weights are rounded once, to ``dtype``. Raises ValueError when no family can be this model or
-    ``folder`` is not empty.
+    are copied. What was trained beside the model gets a folder of its own in it (`PART`). The master weights are
+    rounded once, to ``dtype``. Raises ValueError when no family can be this model or ``folder`` is not empty.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: export to a new folder.")
     target = family(kind) if kind else family_of(config.model, vocab_size)
-    values = target.write(config.model, vocab_size) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+    values = target.write(config.model, vocab_size)
+    shapes = {spec.name: spec.shape for spec in tensors(config.model, vocab_size)}
+    links, beside = target.links(config.model, target.kind), values.pop(PART, None)
+    for name, told in (("", values), (f"{PART}/", beside)):
+        if told is not None:
+            mine = [link for link in links if link.theirs.startswith(f"{PART}/") == bool(name)]
+            mine = [replace(link, theirs=link.theirs.removeprefix(name)) for link in mine]
+            told = told | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+            _write(folder / name, told, _shards(checkpoint, mine, shapes, DTYPES[dtype], shard_bytes), tokenizer)
+    return target
+
+
+def _write(folder: Path, values: dict[str, Any], shards: Iterator[dict[str, Tensor]], tokenizer: Path | None) -> None:
+    """One folder: settings, tensors, and the files of a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     files: list[tuple[str, list[str]]] = []
     total = 0
-    for number, held in enumerate(_shards(checkpoint, config, vocab_size, target.kind, DTYPES[dtype], shard_bytes)):
+    for number, held in enumerate(shards):
         files.append((f"part-{number}.safetensors", list(held)))
         save_file(held, folder / files[-1][0], metadata={"format": "pt"})
         total += sum(tensor.nbytes for tensor in held.values())
@@ -52,17 +68,15 @@ def export(
     for name in TOKENIZER_FILES if tokenizer else ():
         if tokenizer is not None and (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, folder / name)
-    return target
 
 
 def _shards(
-    checkpoint: Path, config: Config, vocab_size: int, kind: str, dtype: torch.dtype, limit: int
+    checkpoint: Path, every: list[Link], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Their tensors, in groups of at most ``limit`` bytes."""
-    shapes = {spec.name: spec.shape for spec in tensors(config.model, vocab_size)}
+    """Tensors of theirs that the links name, in groups of at most ``limit`` bytes; ``shapes`` are of ours."""
     holding: dict[str, list[Link]] = {}
     """Their tensor -> the tensors of ours that it holds."""
-    for link in family(kind).links(config.model, kind):
+    for link in every:
         holding.setdefault(link.theirs, []).append(link)
     sizes = their_shapes([link for links in holding.values() for link in links], shapes)
     group: dict[str, Tensor] = {}

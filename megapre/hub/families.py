@@ -10,7 +10,7 @@ from typing import Any
 
 from megapre.config.model import ModelConfig
 from megapre.hub.link import Link
-from megapre.hub.settings import Settings
+from megapre.hub.settings import PART, Settings
 
 FAMILIES = MappingProxyType(
     {
@@ -35,7 +35,7 @@ body, which files of the bare model lack."""
 FREE = frozenset(
     {
         "sequence", "source_sequence", "dropout", "attention_dropout", "init", "init_std", "capacity_factor",
-        "router_aux_loss", "router_z_loss", "vocab_size",
+        "router_aux_loss", "router_z_loss", "vocab_size", "detection_loss",
     }
 )  # fmt: skip
 """Settings that a job may choose for imported weights: how it trains, not what the weights mean."""
@@ -69,7 +69,8 @@ class Family:
     def write(self, model: ModelConfig, vocab_size: int) -> dict[str, Any]:
         """``config.json`` of a model; ValueError naming what this family cannot say."""
         values = {"architectures": [self.architecture]} | self.config(model, self.kind)
-        values |= {"vocab_size": vocab_size, "model_type": self.kind}
+        for told in (values, values.get(PART, {})):
+            told |= {"vocab_size": vocab_size, "model_type": self.kind}
         names = {link.theirs for link in self.links(model, self.kind)}
         lost = differences(model, self.read(Settings(values, "the export"), names))
         if lost:

@@ -9,18 +9,20 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megapre.hub.settings import PART
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LARGEST_JSON = 64 << 20
 """Bytes of a configuration or index file that are read at most."""
 
 
 class Folder:
-    """The tensors of a folder by name, read box by box.
+    """The tensors of a folder by name, read box by box, with those of the model beside it (`PART`).
 
     Raises ValueError in a sentence for a folder without safetensors, a damaged file, or an index that leads elsewhere.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, alone: bool = False) -> None:
         self.path = path
         self.config = read_json(path / "config.json")
         self._files: dict[str, Any] = {}
@@ -30,9 +32,15 @@ class Folder:
                 if self._place.setdefault(name, file) != file:
                     raise ValueError(f"{path} holds {name!r} twice, in {self._place[name]} and in {file}.")
         self.shapes = {name: tuple(self._slice(name).get_shape()) for name in self._place}
+        self.beside = Folder(path / PART, alone=True) if not alone and is_folder(path / PART) else None
+        if self.beside is not None:
+            self.config = {**self.config, PART: self.beside.config}
+            self.shapes |= {f"{PART}/{name}": shape for name, shape in self.beside.shapes.items()}
 
     def read(self, name: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
         """A box of a tensor, in the file's number format."""
+        if name not in self._place and self.beside is not None:
+            return self.beside.read(name.removeprefix(f"{PART}/"), offset, size)
         if not offset:
             return self._open(self._place[name]).get_tensor(name)
         return self._slice(name)[tuple(slice(o, o + n) for o, n in zip(offset, size))]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+PART = "generator"
+"""Folder beside the files of a model that holds another one, trained with it (ELECTRA); its settings are under this key
+and its tensors' names begin with it and a slash."""
+
 NEUTRAL = frozenset(
     {
         "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map",
