@@ -154,12 +154,14 @@ def _take_signals(board: worker.Board) -> dict[int, Any]:
 
 
 def _start_fork_server(preload: Sequence[str]) -> None:
-    """Start it with the stop signals blocked; what arrives meanwhile is delivered afterwards."""
+    """Start it, and multiprocessing's tracker, with the stop signals blocked; what arrives is delivered afterwards."""
     multiprocessing.set_forkserver_preload([*PRELOAD, *preload])
-    # Beforehand: it unblocks SIGTERM and SIGINT when it starts, and a scheduler's SIGTERM would reach the fork server.
-    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
+        # It inherits the mask too, and would die of a scheduler's SIGUSR1, which it does not ignore.
+        resource_tracker.ensure_running()
+        # Starting it unblocks SIGTERM and SIGINT, which would reach the fork server then.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before - set(STOP_SIGNALS))

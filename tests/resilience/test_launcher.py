@@ -68,6 +68,24 @@ def gone(pid: int) -> bool:
         return True
 
 
+def process_named(part: str, parent: int) -> int:
+    """The child of ``parent`` whose command line holds ``part``."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            stat, command = (path / "stat").read_text(), (path / "cmdline").read_text()
+        except OSError:
+            continue
+        if int(stat.rpartition(")")[2].split()[1]) == parent and part in command:
+            return int(path.name)
+    raise AssertionError(f"{parent} has no child {part}")
+
+
+def dies_of(pid: int, number: int) -> bool:
+    """Whether a signal would end a process: it neither blocks, ignores nor handles it."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return not any(int(status[name], 16) >> (number - 1) & 1 for name in ("SigBlk", "SigIgn", "SigCgt"))
+
+
 def test_codes_combine() -> None:
     assert combine([0, 0]) == 0
     assert combine([0, 75]) == 75
@@ -112,10 +130,13 @@ def test_signals_reach_the_ranks_even_when_every_process_gets_them(start: Start)
     jobs = {number: start(2, "loop") for number in (signal.SIGUSR1, signal.SIGTERM)}
     for number, job in jobs.items():
         job.until(lambda job=job: len(job.pids()) == 2)  # type: ignore[misc]
+        for helper in ("resource_tracker", "forkserver"):
+            assert not dies_of(process_named(helper, job.process.pid), signal.SIGUSR1), helper
         os.killpg(job.process.pid, number)
     for number, job in jobs.items():
         assert job.code() == 75, job.text()
         assert f"saved after {number.name}" in job.text() and "killed" not in job.text(), job.text()
+        assert "Traceback" not in job.text() and "unexpectedly" not in job.text(), job.text()
 
 
 def test_a_stop_that_came_before_the_launcher_took_over_is_passed_on(start: Start) -> None:
