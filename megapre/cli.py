@@ -127,10 +127,12 @@ def doctor(args: argparse.Namespace) -> int:
     for option in ("mib", "write", "read", "gpus"):
         if not getattr(args, option) >= (option == "mib"):
             raise ConfigError(f"--{option} must be at least {int(option == 'mib')}, not {getattr(args, option)}")
+    if args.only == "ranks" and not args.job:
+        raise ConfigError("--only ranks measures those of a job: name its file")
     config, plan = read_job(args.job, args.overrides) if args.job else (None, None)
     from megapre.resilience.doctor.run import main as run
 
-    return run(config, plan, args.mib, (args.write, args.read), args.gpus)
+    return run(config, plan, args.mib, (args.write, args.read), args.gpus, args.only)
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -277,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     added = verb("doctor", doctor, "examine this node: driver, GPUs, network, file system, limits")
     added.add_argument("job", metavar="JOB.toml", nargs="?", help="also measure the job's ranks and axes")
     added.add_argument("overrides", nargs="*", metavar="table.key=value", help="settings over the file's")
+    added.add_argument("--only", choices=("node", "ranks"), default="", help="with a job: one half of it")
     added.add_argument("--gpus", type=int, default=0, help="GPUs that must be there (default: as many as there are)")
     added.add_argument("--mib", type=int, default=256, help="MiB to write and read (default: 256)")
     added.add_argument("--write", type=float, default=0.0, help="least write rate in MiB/s (default: any)")

@@ -18,14 +18,18 @@ SIZE = 256
 
 def selftest(grid: Grid, device: torch.device, dtype: torch.dtype) -> None:
     """Test arithmetic and every axis. RuntimeError, the same on all ranks, that names the first rank that failed."""
-    # A rank that fails one test takes part in the others: its peers wait for it there.
-    found = [_arithmetic(device, dtype), *_collectives(grid, device)]
-    reports = grid.host.gather_text(next(filter(None, found), ""))
-    failed = [(rank, text) for rank, text in enumerate(reports) if text]
-    if failed:
+    if failed := failures(grid, device, dtype):
         rank, text = failed[0]
         more = f" (as do {len(failed) - 1} other ranks)" if len(failed) > 1 else ""
         raise RuntimeError(f"rank {rank} fails its self-test{more}: {text}; take its node out of service")
+
+
+def failures(grid: Grid, device: torch.device, dtype: torch.dtype) -> list[tuple[int, str]]:
+    """Ranks that failed and what of, the same on all ranks."""
+    # A rank that fails one test takes part in the others: its peers wait for it there.
+    found = [_arithmetic(device, dtype), *_collectives(grid, device)]
+    reports = grid.host.gather_text(next(filter(None, found), ""))
+    return [(rank, text) for rank, text in enumerate(reports) if text]
 
 
 def _arithmetic(device: torch.device, dtype: torch.dtype) -> str:

@@ -42,7 +42,7 @@ def site(tmp_path: Path, cluster: Cluster) -> Path:
     for name in ("OMP_NUM_THREADS", "MASTER_PORT"):
         cluster.env.pop(name, None)
     places = {"MEGAPRE": str(command), "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
-    cluster.env |= places | {"OMP_NUM_THREADS": "1"}
+    cluster.env |= places | {"OMP_NUM_THREADS": "1", "DOCTOR": "0"}
     return tmp_path
 
 
@@ -99,7 +99,7 @@ def test_a_signal_saves_requeues_and_resumes_bitwise(
     script: str, nodes: int, cluster: Cluster, site: Path, pool: RankPool
 ) -> None:
     write(site, small(site, FOREVER))
-    number = cluster.submit(site, "--time=10", SCRIPTS / script, "job.toml")
+    number = cluster.submit(site, "--time=10", SCRIPTS / script, "job.toml", DOCTOR="1")
     step = run_until_stopped(cluster, site, number, site / "run")
     ended = cluster.ended(number)
     text = said(site)
@@ -107,6 +107,8 @@ def test_a_signal_saves_requeues_and_resumes_bitwise(
     assert ended["NumNodes"] == str(nodes)
     assert "megapre ended with exit code 75" in text and f"at step {step}" in text and "Traceback" not in text
     assert len(list(site.glob(f"logs/{number}/node-*-attempt-1.txt"))) == nodes
+    assert len(list(site.glob(f"logs/{number}/doctor-node-*.txt"))) == nodes and "free space" in text
+    assert "all-reduce over data" in text and "right on every rank and axis" in text
     equal_to_uninterrupted(pool, site, step + 5, site / "run")
 
 
@@ -139,6 +141,54 @@ def test_another_number_of_nodes_resumes_by_resharding(cluster: Cluster, site: P
     mine, whole = losses(site / "run"), losses(site / "whole")
     for at in range(step + 6, step + 16):
         assert abs(float.fromhex(mine[at]) - float.fromhex(whole[at])) < 1e-4, at
+
+
+def sick(site: Path, *nodes: str, hang: bool = False) -> None:
+    """The command, of which the doctor finds a GPU too few on some nodes, or never ends there."""
+    command = site / "megapre"
+    ill = "sleep 1000" if hang else 'set -- "$@" --gpus 99'
+    names = "|".join(f"doctor\\ {node}" for node in nodes)
+    command.write_text(
+        f'#!/bin/sh\ncase "$1 $SLURMD_NODENAME" in {names}) {ill} ;; esac\n'
+        f'exec {sys.executable} -m megapre "$@"\n'
+    )
+
+
+@pytest.mark.parametrize("hang", [False, True])
+def test_a_node_that_the_doctor_refuses_is_left_out_and_the_job_runs_elsewhere(
+    hang: bool, cluster: Cluster, site: Path
+) -> None:
+    write(site, small(site, 5))
+    sick(site, "n1", hang=hang)
+    number = cluster.submit(site, SCRIPTS / "one_node.sbatch", "job.toml", DOCTOR="1", DOCTOR_MINUTES="1")
+    ended = cluster.ended(number, 300)
+    text = said(site)
+    assert (ended["JobState"], ended["Restarts"], ended["BatchHost"]) == ("COMPLETED", "1", "n2"), text
+    assert ended["ExcNodeList"] == "n1" and "back into the queue without n1" in text
+    assert hang or "megapre: node n1 is refused: GPUs: " in text
+    assert saved(site / "run") == 5
+
+
+def test_nodes_are_left_out_a_bounded_number_of_times_and_never_all(cluster: Cluster, site: Path) -> None:
+    write(site, small(site, 5))
+    sick(site, "n1", "n2")
+    both = cluster.submit(site, SCRIPTS / "pretrain.sbatch", "job.toml", DOCTOR="1")
+    ended = cluster.ended(both)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0"), said(site)
+    assert "all nodes were refused" in said(site)
+    one = cluster.submit(site, SCRIPTS / "one_node.sbatch", "job.toml", DOCTOR="1", EXCLUDE="1")
+    ended = cluster.ended(one)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "1"), said(site)
+    assert "more than EXCLUDE=1 nodes of this job were refused: n1 n2" in said(site)
+    sick(site, "n1")
+    few = cluster.submit(site, SCRIPTS / "pretrain.sbatch", "job.toml", DOCTOR="1")
+    ended = cluster.ended(few)
+    assert (ended["ExitCode"], ended["Restarts"], ended["ExcNodeList"]) == ("1:0", "0", "(null)"), said(site)
+    assert "the partition debug has 1 other nodes and the job needs 2" in said(site)
+    (site / "job.toml").write_text("[parallel]\ntensor = 3\n")
+    bad = cluster.submit(site, SCRIPTS / "one_node.sbatch", "job.toml", DOCTOR="1")
+    ended = cluster.ended(bad)
+    assert (ended["ExitCode"], ended["Restarts"], ended["ExcNodeList"]) == ("2:0", "0", "(null)"), said(site)
 
 
 def test_a_sweep_runs_one_job_a_line_and_each_resumes(cluster: Cluster, site: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from megapre.resilience.doctor.gpu import (
     topology_rows,
     xid_rows,
 )
-from megapre.resilience.doctor.rows import BAD, NONE, NOTE, OK, guarded
+from megapre.resilience.doctor.rows import BAD, NONE, NOTE, OK, Row, guarded
+from megapre.resilience.doctor.run import show
 from megapre.resilience.doctor.speed import rows_of
 
 RECORDED = Path(__file__).with_name("recorded")
@@ -176,7 +178,19 @@ def test_slow_ranks_are_named_and_refused_on_gpus_alone() -> None:
     product, reduce = rows_of(reports, "cuda")
     assert product.status == reduce.status == BAD
     assert "slow on n1 (ranks 3)" in product.text and "slow on n2 (ranks 5)" in reduce.text
+    assert (product.nodes, reduce.nodes) == (("n1",), ("n2",))
     assert {row.status for row in rows_of(reports, "cpu")} == {NOTE}
+
+
+def test_the_verdict_names_each_node_once(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Row("one", BAD, "slow", ("n1", "n2")), Row("two", BAD, "slow", ("n2",)), Row("three", OK, "fine")]
+    assert show(rows, ["n0", "n1", "n2", "n3"]) == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines()[3:] == ["fit: n0 n3", "refused: n1 n2"]
+    assert said.err == "megapre: nodes n1, n2 are refused: one: slow (and 1 more)\n"
+    assert show(rows[2:], ["n0", "n1"]) == 0 and capsys.readouterr().out.splitlines()[1:] == ["fit: n0 n1"]
+    assert show([Row("one", BAD, "hot")], ["n5"]) == 1
+    assert "megapre: node n5 is refused: one: hot\n" in capsys.readouterr().err
 
 
 def doctor(*arguments: str, folder: Path, before: str = "") -> subprocess.CompletedProcess[str]:
@@ -188,7 +202,8 @@ def doctor(*arguments: str, folder: Path, before: str = "") -> subprocess.Comple
 def test_the_command_on_this_node(tmp_path: Path) -> None:
     fit = doctor("--mib", "4", folder=tmp_path)
     assert fit.returncode == 0 and fit.stderr == "", fit
-    rows = [re.split(r"\s{2,}", line, maxsplit=2) for line in fit.stdout.splitlines()[1:]]
+    rows = [re.split(r"\s{2,}", line, maxsplit=2) for line in fit.stdout.splitlines()[1:-1]]
+    assert fit.stdout.splitlines()[-1] == f"fit: {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}"
     told = {name: (status, text) for status, name, text in rows}
     names = ("torch", "GPUs", "cores", "NICs", "ulimit -n", "/dev/shm", "memory", "free space", "write rate")
     assert all(told[name][1] for name in names)
@@ -196,16 +211,20 @@ def test_the_command_on_this_node(tmp_path: Path) -> None:
         assert "no nvidia-smi" in told["GPUs"][1]
     unfit = doctor("--gpus", "640", "--mib", "4", folder=tmp_path, before="export SLURMD_NODENAME=n17;")
     assert unfit.returncode == 1 and "megapre: node n17 is refused: GPUs: " in unfit.stderr
-    assert unfit.stderr.count("\n") == 1, unfit.stderr
+    assert unfit.stderr.count("\n") == 1 and unfit.stdout.splitlines()[-1] == "refused: n17", unfit
     poor = doctor("--mib", "4", folder=tmp_path, before="ulimit -n 64;")
     assert poor.returncode == 1 and "ulimit -n: 64 open files, at most 64: raise it to 4096" in poor.stderr
     assert doctor("--mib", "0", folder=tmp_path).returncode == 2
+    assert doctor("--only", "ranks", folder=tmp_path).returncode == 2
 
 
 def test_with_a_job_its_axes_are_measured(tmp_path: Path) -> None:
     settings = "model.layers=2 model.hidden=32 model.heads=4 model.vocab_size=64 model.sequence=16"
     (tmp_path / "job.toml").write_text("[parallel]\ntensor = 2\n")
-    done = doctor("job.toml", settings, f"train.run_dir={tmp_path}/run", "--mib 4", folder=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    node = doctor("job.toml", settings, f"train.run_dir={tmp_path}/run", "--mib 4 --only node", folder=tmp_path)
+    assert node.returncode == 0 and "free space" in node.stdout and "matrix product" not in node.stdout
+    done = doctor("job.toml", settings, f"train.run_dir={tmp_path}/run", "--mib 4 --only ranks", folder=tmp_path)
+    assert done.returncode == 0 and "free space" not in done.stdout, done.stdout + done.stderr
+    assert "right on every rank and axis" in done.stdout and done.stdout.splitlines()[-1].startswith("fit: ")
     assert "matrix product" in done.stdout and "all-reduce over tensor" in done.stdout, done.stdout
     assert "all-reduce over pipeline" not in done.stdout

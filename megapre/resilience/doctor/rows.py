@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,13 @@ class Row:
     name: str
     status: str
     text: str
+    nodes: tuple[str, ...] = ()
+    """Of a refusal that ranks on several nodes found together: the nodes that it means."""
+
+
+def node_name() -> str:
+    """What the scheduler calls this node, else its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def guarded(name: str, look: Callable[[], Sequence[Row]]) -> list[Row]:

@@ -6,7 +6,6 @@ Exit codes: 0 fit, 1 refused (one sentence on stderr names the node and why), 2 
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from megapre.resilience.doctor.host import (
     space_rows,
     version_rows,
 )
-from megapre.resilience.doctor.rows import BAD, Row, guarded
+from megapre.resilience.doctor.rows import BAD, Row, guarded, node_name
 from megapre.resilience.ranks import ALONE, NodePlan, Ranks, discover
 from megapre.resilience.signals import StopRequest
 
@@ -65,36 +64,43 @@ def _count(shape: Sequence[int]) -> int:
     return count
 
 
-def show(rows: Sequence[Row], who: str) -> int:
-    """Print the table; one sentence on stderr and 1 when ``who``, a node or several, is refused, else 0."""
+def show(rows: Sequence[Row], nodes: Sequence[str]) -> int:
+    """Print the table and a verdict for scripts; 1 and a sentence on stderr when a node is refused, else 0."""
     width = max(len(row.name) for row in rows)
     for row in rows:
         print(f"{row.status:<4}  {row.name:<{width}}  {row.text}")
     sys.stdout.flush()
     bad = [row for row in rows if row.status == BAD]
+    refused = list(dict.fromkeys(node for row in bad for node in row.nodes or nodes))
     if bad:
+        who = f"node {refused[0]} is" if len(refused) == 1 else f"nodes {', '.join(refused)} are"
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         print(f"megapre: {who} refused: {bad[0].name}: {bad[0].text}{more}", file=sys.stderr, flush=True)
+    for verdict, which in (("fit", [node for node in nodes if node not in refused]), ("refused", refused)):
+        if which:
+            print(f"{verdict}: {' '.join(which)}", flush=True)
     return int(bool(bad))
 
 
-def node_name() -> str:
-    """What the scheduler calls this node, else its host name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def main(config: Config | None, plan: Ranks | NodePlan | None, mib: int, least: tuple[float, float], gpus: int) -> int:
-    """Examine this node and, of a job, the speed of its ranks; the exit code."""
+def main(
+    config: Config | None,
+    plan: Ranks | NodePlan | None,
+    mib: int,
+    least: tuple[float, float],
+    gpus: int,
+    only: str = "",
+) -> int:
+    """Examine this node and, of a job, the speed of its ranks, or ``only`` the ``node`` or the ``ranks``; exit code."""
     folder = Path(config.train.run_dir) if config else Path(".")
     if config:
         folder.mkdir(parents=True, exist_ok=True)
     alone = not isinstance(plan, Ranks) or plan.local_rank == 0
     code = 0
-    if alone:
+    if alone and only != "ranks":
         print(f"node {node_name()}", flush=True)
         rows = examine(folder, mib, least, gpus, checkpoint_bytes(config) if config else 0)
-        code = show(rows, f"node {node_name()} is")
-    if config is None or code:
+        code = show(rows, [node_name()])
+    if config is None or code or only == "node":
         return code
     if isinstance(plan, Ranks):
         return _rank(config, plan)
@@ -122,7 +128,5 @@ def _launched(argv: list[str]) -> int:
 def _rank(config: Config, ranks: Ranks) -> int:
     from megapre.resilience.doctor.speed import measure
 
-    rows = measure(config, ranks)
-    if ranks.rank == 0:
-        return show(rows, "the nodes of this job are" if ranks.world > 1 else f"node {node_name()} is")
-    return 0
+    rows, nodes = measure(config, ranks)
+    return show(rows, nodes) if ranks.rank == 0 else 0

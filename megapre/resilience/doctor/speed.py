@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -14,9 +13,9 @@ from megapre.config.schema import Config
 from megapre.parallel.comm import Axis
 from megapre.parallel.grid import AXES, Grid
 from megapre.resilience.connect import connected
-from megapre.resilience.doctor.rows import BAD, NOTE, OK, Row
+from megapre.resilience.doctor.rows import BAD, NOTE, OK, Row, node_name
 from megapre.resilience.ranks import Ranks
-from megapre.resilience.selftest import selftest
+from megapre.resilience.selftest import failures
 
 ROUNDS = 5
 SLOW = 0.8
@@ -24,18 +23,22 @@ SLOW = 0.8
 so that there it is only noted."""
 
 
-def measure(config: Config, ranks: Ranks) -> list[Row]:
-    """One rank's part; the rows, on every rank the same. RuntimeError when a rank fails its self-test."""
+def measure(config: Config, ranks: Ranks) -> tuple[list[Row], list[str]]:
+    """One rank's part; the rows, and the names of all nodes, on every rank the same."""
     with connected(config, ranks) as (grid, device):
         kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-        selftest(grid, device, kind)
+        wrong = failures(grid, device, kind)
         mine = {
-            "host": socket.gethostname(),
+            "host": node_name(),
             "tflops": _multiply(grid, device, kind),
             "axes": {name: _reduce(grid, getattr(grid, name), device) for name in AXES if name != "host"},
         }
         reports = [json.loads(text) for text in grid.host.gather_text(json.dumps(mine))]
-        return rows_of(reports, device.type)
+        nodes = list(dict.fromkeys(str(report["host"]) for report in reports))
+        failed = tuple(dict.fromkeys(str(reports[rank]["host"]) for rank, _ in wrong))
+        told = "; ".join(f"rank {rank}: {text}" for rank, text in wrong) or "right on every rank and axis"
+        tests = Row("known answers", BAD if wrong else OK, told, failed)
+        return [tests, *rows_of(reports, device.type)], nodes
 
 
 def rows_of(reports: list[dict[str, object]], device: str) -> list[Row]:
@@ -56,10 +59,9 @@ def _compared(name: str, unit: str, found: list[tuple[int, object, object]], dev
     slow = [(rank, host) for (rank, host, _), rate in zip(found, rates) if rate < SLOW * median]
     if not slow:
         return Row(name, OK, text)
-    hosts = ", ".join(dict.fromkeys(str(host) for _, host in slow))
-    return Row(
-        name, BAD if device == "cuda" else NOTE, f"{text}: slow on {hosts} (ranks {', '.join(str(r) for r, _ in slow)})"
-    )
+    hosts = tuple(dict.fromkeys(str(host) for _, host in slow))
+    text += f": slow on {', '.join(hosts)} (ranks {', '.join(str(rank) for rank, _ in slow)})"
+    return Row(name, BAD if device == "cuda" else NOTE, text, hosts)
 
 
 def _best(action: Callable[[], None], grid: Grid, device: torch.device) -> float:
