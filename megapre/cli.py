@@ -9,7 +9,9 @@ import argparse
 import os
 import re
 import signal
+import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from megapre.resilience.worker import BAD_JOB, DONE, FAILED, STOPPED, is_refusal
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+PROBED = 1 << 16
+"""Bytes that a run's folder must take before the run begins."""
 LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
 
@@ -97,10 +101,20 @@ def train(args: argparse.Namespace) -> int:
 
 
 def check_start(config: Config) -> None:
-    """ConfigError when the run would start from a checkpoint that is not there."""
+    """ConfigError when the run would start from a checkpoint that is not there, or cannot write in its folder."""
     load, own = Path(config.checkpoint.load), Path(config.train.run_dir) / "checkpoints"
     if config.checkpoint.load and not load.is_dir() and not (config.checkpoint.resume and own.is_dir()):
         raise ConfigError(f"checkpoint.load names {str(load)!r}, which is no folder: name a checkpoint, .../step_N")
+    try:
+        Path(config.train.run_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.train.run_dir) as file:
+            file.write(bytes(PROBED))
+            file.flush()
+    except OSError as error:
+        raise ConfigError(
+            f"train.run_dir = {config.train.run_dir!r} takes no {PROBED} bytes on {socket.gethostname()} "
+            f"({error.strerror}): make it writable, make room, or set another"
+        ) from None
 
 
 def train_rank(argv: list[str]) -> int:

@@ -5,12 +5,19 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from megapre import cli
+from megapre.checkpoint.store import SingleProcess
 from megapre.config.check import ConfigError
+from megapre.config.load import to_toml
+from megapre.resilience.lock import run_lock
+from megapre.verify.cells import parse
+from tests.training.jobs import corpus
+from tests.training.jobs import job as job_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +63,26 @@ def test_a_bad_job_is_refused_without_torch(job: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, job], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["blocked", "short", "used"])
+def test_a_folder_that_cannot_hold_the_run_is_one_sentence_and_left_as_it_was(kind: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "file" / "run" if kind == "blocked" else tmp_path / "run"
+    (tmp_path / "file").write_text("a file, where a folder is needed")
+    small = job_of(corpus(tmp_path / "text"), run_dir, parse("1x1x1"), steps=2, interval=0)
+    (tmp_path / "job.toml").write_text(to_toml(small))
+    command = [sys.executable, "-m", "megapre", "train", str(tmp_path / "job.toml")]
+    if kind == "short":  # a file system that takes 4 KiB a file
+        command = ["bash", "-c", f"ulimit -f 4; exec {' '.join(command)}"]
+    holder = run_lock(run_dir, 0, SingleProcess()) if kind == "used" else nullcontext()
+    with holder:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    told = {
+        "blocked": "takes no 65536 bytes on", "short": "File too large): make it writable, make room",
+        "used": f"is in use by process {os.getpid()} on",
+    }[kind]  # fmt: skip
+    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not list(run_dir.glob("checkpoints/*")) and not (run_dir / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

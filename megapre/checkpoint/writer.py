@@ -101,6 +101,7 @@ class Saver:
         self._keep, self._say, self._unsaved = keep, say, unsaved
         self._buffer: Tensor | None = None
         self._pending: _Pending | None = None
+        self._crowded = False
 
     # ------------------------------------------------------------------------------------------ host memory
 
@@ -144,7 +145,8 @@ class Saver:
         except CheckpointError as error:
             self._unsaved(error)
         waited = time.monotonic() - began
-        if late is not None and waited > 1:
+        if late is not None and waited > 1 and not self._crowded:
+            self._crowded = True  # said once: every `saved` line tells how long training waited
             self._say(f"step {step} waited {waited:.1f} s for the save of step {late}: save less often")
         if self._buffer is None:
             path = store.save(self.root, step, pieces, state, rank=self.rank, world=self.world, sync=self.sync)
