@@ -211,8 +211,11 @@ def _refuse(small: ModelConfig, large: ModelConfig, depth: str) -> None:
                 f"model.{name} = {after} is no multiple of the smaller model's {before}: a norm stays the same only "
                 f"where all features have equally many copies."
             )
-    if small.positions == "sinusoidal" and small.n_embedding != large.n_embedding:
-        raise ValueError("model.positions = 'sinusoidal' are other ones at another width: only depth and blocks grow.")
+    if small.positions in ("sinusoidal", "transformer_xl") and small.n_embedding != large.n_embedding:
+        raise ValueError(
+            f"model.positions = {small.positions!r} are other sinusoids at a width of {large.n_embedding} than of "
+            f"{small.n_embedding}: only depth, heads and MLPs can grow."
+        )
     if small.positions == "alibi" and small.heads != large.heads:
         raise ValueError(
             f"model.positions = 'alibi' has other slopes for {large.heads} heads than for {small.heads}: keep "
