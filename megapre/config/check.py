@@ -16,7 +16,7 @@ from megapre.config.rules_architecture import ARCHITECTURE_RULES
 from megapre.config.rules_experts import EXPERT_RULES
 from megapre.config.rules_layout import LAYOUT_RULES
 from megapre.config.rules_model import HEAD_RULES, MODEL_RULES
-from megapre.config.rules_objectives import OBJECTIVE_RULES
+from megapre.config.rules_objectives import OBJECTIVE_RULES, PAIRS
 from megapre.config.rules_ramp import RAMP_RULES
 from megapre.config.schema import Config
 
@@ -85,6 +85,20 @@ def split_sums_to_one(config: Config) -> str | None:
         return f"data.split must be three shares of at least 0 that sum to 1 but {shown} sums to {sum(split):g}"
     if split[0] == 0:
         return f"data.split {shown} leaves nothing for training: make its first share positive"
+    return None
+
+
+def fraction_is_of_documents(config: Config) -> str | None:
+    """A plan of rows holds the whole of its split."""
+    data = config.data
+    if data.fraction == 0:
+        return "data.fraction 0 leaves nothing for training: make it positive"
+    if data.fraction < 1 and (data.packing == "best-fit" or data.objective in PAIRS):
+        why = "data.packing = 'best-fit'" if data.packing == "best-fit" else f"data.objective = '{data.objective}'"
+        return (
+            f"data.fraction ({data.fraction:g}) cuts a stored order, and {why} reads a plan of all training documents: "
+            f"set it to 1 and make the first share of data.split smaller"
+        )
     return None
 
 
@@ -188,6 +202,7 @@ RULES = (
     *EXPERT_RULES,
     *RAMP_RULES,
     split_sums_to_one,
+    fraction_is_of_documents,
     weights_match_paths,
     *OBJECTIVE_RULES,
     *HEAD_RULES,

@@ -18,6 +18,8 @@ class DataConfig:
     """Samples at which the next stage's weights begin, ascending; empty: one stage."""
     split: list[float] = field(default_factory=lambda: [0.98, 0.02, 0.0])
     """Shares of documents (by stored order, each source alone) for training, validation and test."""
+    fraction: float = 1.0
+    """Share of the training documents that is read, the first of each source; validation and test stay the same."""
     tokenizer_type: str = "HuggingFaceTokenizer"
     """``HuggingFaceTokenizer``, ``SentencePieceTokenizer``, ``ByteTokenizer`` or ``NullTokenizer``."""
     tokenizer_model: str = ""

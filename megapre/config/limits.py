@@ -109,6 +109,7 @@ RANGES = {
     "model.router_scale": POSITIVE,
     "model.router_aux_loss": NON_NEGATIVE,
     "model.router_z_loss": NON_NEGATIVE,
+    "data.fraction": SHARE,
     "data.mask_probability": PROBABILITY,
     "data.mask_span": POSITIVE,
     "data.delete_probability": PROBABILITY,

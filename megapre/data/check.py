@@ -56,7 +56,7 @@ def _check_lengths(config: Config, datasets: list[IndexedDataset]) -> None:
     data, length, pairs = config.data, window(config), OBJECTIVES[config.data.objective].pairs > 0
     found = []
     for dataset in datasets:
-        lo, hi = split_tokens(dataset, data.split)[0]
+        lo, hi = split_tokens(dataset, data)[0]
         if pairs or data.packing == "best-fit":
             train, valid = (open_packs(dataset, config.model.sequence, data.split, n, sentences=pairs) for n in (0, 1))
             if train.count < 2:
@@ -64,7 +64,7 @@ def _check_lengths(config: Config, datasets: list[IndexedDataset]) -> None:
             found.append(valid.count >= 2)
         else:
             SampleOrder(data.seed, 0, lo, hi, length, f"{dataset.prefix} (train)")
-            lo, hi = split_tokens(dataset, data.split)[1]
+            lo, hi = split_tokens(dataset, data)[1]
             found.append(hi - lo > length)
     if config.train.eval_samples > 0 and not any(found):
         raise no_sample(config, "valid")

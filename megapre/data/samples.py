@@ -5,13 +5,14 @@ Everything here is a pure function of the job file, the data and n.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megapre.config.lengths import window
-from megapre.config.schema import Config
+from megapre.config.schema import Config, DataConfig
 from megapre.data.blend import StagedBlend
 from megapre.data.indexed import IndexedDataset
 from megapre.data.manifest import members
@@ -74,7 +75,7 @@ class Samples:
         kept = []
         for number, dataset in enumerate(datasets):
             packs, length = None, self.window
-            lo, hi = split_tokens(dataset, config.data.split)[which]
+            lo, hi = split_tokens(dataset, config.data)[which]
             setting = make_setting(config, dataset, vocab_size, which)
             if self._pairs or config.data.packing == "best-fit":
                 packs = open_packs(dataset, self.length, config.data.split, which, sentences=self._pairs > 0)
@@ -241,9 +242,11 @@ def make_cache(config: Config) -> Cache | None:
     return Cache(config.data.cache_dir, int(config.data.cache_gib * (1 << 30)))
 
 
-def split_tokens(dataset: IndexedDataset, shares: list[float]) -> list[tuple[int, int]]:
-    """Token ranges of training, validation and test: whole documents, in stored order."""
-    documents = split_documents(dataset.n_documents, [*shares, 0.0, 0.0][: len(SPLITS)])
+def split_tokens(dataset: IndexedDataset, data: DataConfig) -> list[tuple[int, int]]:
+    """Token ranges of training, validation and test: whole documents, in stored order; of training the fraction."""
+    documents = split_documents(dataset.n_documents, [*data.split, 0.0, 0.0][: len(SPLITS)])
+    first, last = documents[0]
+    documents[0] = first, first + math.ceil((last - first) * data.fraction)
     return [(dataset.document_start(first), dataset.document_start(last)) for first, last in documents]
 
 
@@ -267,7 +270,7 @@ def sample_weights(config: Config, datasets: list[IndexedDataset]) -> list[list[
         raise ValueError(f"data.weights has {len(weights)} shares for the {count} prefixes of data.paths{each}.")
     if weights and sum(sizes) == count:
         return [list(weights[stage * count : (stage + 1) * count]) for stage in range(stages)]
-    tokens = [float(hi - lo) for lo, hi in (split_tokens(dataset, config.data.split)[0] for dataset in datasets)]
+    tokens = [float(hi - lo) for lo, hi in (split_tokens(dataset, config.data)[0] for dataset in datasets)]
     if not weights:
         return [tokens]
     rows: list[list[float]] = [[] for _ in range(stages)]

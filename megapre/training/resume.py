@@ -16,9 +16,10 @@ from megapre.training.step import TrainStep
 FIXED = {
     "model": (),
     "data": (
-        "paths", "weights", "stages", "packing", "split", "seed", "objective", "mask_probability", "mask_unit",
-        "mask_span", "delete_probability", "permute_sentences", "rotate_documents", "fim_rate", "fim_spm_rate",
-        "mask_token", "cls_token", "sep_token", "pad_token", "start_token", "sentinel_tokens", "fim_tokens",
+        "paths", "weights", "stages", "packing", "split", "fraction", "seed", "objective", "mask_probability",
+        "mask_unit", "mask_span", "delete_probability", "permute_sentences", "rotate_documents", "fim_rate",
+        "fim_spm_rate", "mask_token", "cls_token", "sep_token", "pad_token", "start_token", "sentinel_tokens",
+        "fim_tokens",
     ),
     "train": ("global_batch", "batch_ramp", "sequence_ramp", "seed"),
 }  # fmt: skip

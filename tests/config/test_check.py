@@ -116,6 +116,8 @@ def test_defaults_pass_and_data_resolves() -> None:
         ({"model__architecture": "encoder", "data__objective": "masked", "model__vocab_size": 10,
           "data__mask_token": 10}, None, ["data.mask_token (10)", "model.vocab_size (10)"]),
         ({"data__split": [0.5, 0.5]}, None, ["data.split", "[0.5, 0.5]"]),
+        ({"data__fraction": 0.0}, None, ["data.fraction 0"]),
+        ({"data__fraction": 0.5, "data__packing": "best-fit"}, None, ["data.fraction (0.5)", "data.packing"]),
         ({"data__split": [0.5, 0.5, 0.5]}, None, ["sums to 1.5"]),
         ({"data__split": [0.0, 0.5, 0.5]}, None, ["nothing for training"]),
         ({"data__paths": ["a"], "data__weights": [0.5, 0.5]}, None, ["2 entries", "1 data.paths"]),

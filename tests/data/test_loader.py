@@ -220,6 +220,22 @@ def test_splits_share_no_token(tmp_path):
     assert seen["test"] == set(range(1800, 2000))
 
 
+@pytest.mark.parametrize("fraction", [0.001, 0.25, 0.9])
+def test_a_fraction_is_whole_documents_each_once_an_epoch_and_leaves_validation_alone(tmp_path, fraction):
+    whole = job([ramp(tmp_path / "ramp", 6000)], sequence=7, split=[0.8, 0.1, 0.1])
+    part = replace(whole, data=replace(whole.data, fraction=fraction))
+    samples = Samples(part, vocab_size=6000)
+    (source,) = samples.sources
+    documents = int(np.ceil(96 * fraction))  # of the 120 of 50 tokens, 96 are for training
+    assert (source.order.lo, source.order.hi) == (0, 50 * documents)
+    for epoch in range(2):
+        read = [samples.sample(epoch * source.order.windows + n).example.inputs for n in range(source.order.windows)]
+        seen = np.sort(np.concatenate(read))
+        assert len(set(seen.tolist())) == len(seen) > 50 * documents - 7 and seen[-1] < 50 * documents
+    held_out = [Samples(config, vocab_size=6000, split="valid").sources[0].order for config in (whole, part)]
+    assert (held_out[0].lo, held_out[0].hi) == (held_out[1].lo, held_out[1].hi) == (4800, 5400)
+
+
 def test_weights_default_to_training_tokens(tmp_path):
     small, large = write_pair(tmp_path / "s", [100] * 10), write_pair(tmp_path / "l", [100] * 30, seed=1)
     assert Samples(job([small, large]), vocab_size=VOCAB).blend.counts == [1, 3]
