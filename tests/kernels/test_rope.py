@@ -90,6 +90,8 @@ def test_far_positions_against_fp64(dtype):
     for version in versions("rope"):
         y = load(version, dtype)(x, cos, sin)
         assert all(error(y[i], exact[i]) <= TOLERANCE[dtype] for i in range(6))
+        # Turned in fp32 and rounded once: products of bf16 would change a quarter of the elements.
+        assert dtype != torch.bfloat16 or (y == exact.to(dtype)).double().mean() > 0.99
 
 
 def test_bad_shapes_in_one_sentence():

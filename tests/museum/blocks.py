@@ -153,6 +153,14 @@ BLOCK_MUTANTS = (
         "torchtitan PR #2575, in kind: cosines and sines rounded to bf16",
     ),
     Mutant(
+        "rotation-in-the-models-type",
+        "megapre/kernels/rope.py",
+        "    wide = x.to(cos.dtype)\n",
+        "    wide, cos, sin = x, cos.to(x.dtype), sin.to(x.dtype)\n",
+        "tests/kernels/test_rope.py::test_far_positions_against_fp64",
+        "torchtitan PR #2575, in kind: the cast to fp32 is gone, the compiler being one way to lose it",
+    ),
+    Mutant(
         "sinusoids-of-bf16-positions",
         "megapre/models/embedding.py",
         "angles = positions.double().unsqueeze(-1)",

@@ -95,7 +95,7 @@ EXHIBITS = (
     Exhibit(43, "rotary positions in bf16 (transformers PR #29285)",
             ("angles-in-bf16", "frequencies-in-fp32", "rotary-tables-in-the-models-type",
              "sinusoids-of-bf16-positions")),
-    Exhibit(44, "compiler fused a cast away (torchtitan PR #2575)", later="training does not compile yet"),
+    Exhibit(44, "compiler fused a cast away (torchtitan PR #2575)", ("rotation-in-the-models-type",)),
     Exhibit(45, "positions wrong where a document is cut (torchtitan PR #2849)", ("positions-run-on-over-documents",)),
     Exhibit(46, "document mask ignored by a fused path (Megatron-LM #415)",
             ("document-mask-ignored", "document-mask-ignored-by-the-ring", "prefix-one-token-longer")),
