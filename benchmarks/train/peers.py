@@ -86,15 +86,16 @@ MODELS: dict[str, Callable[[Spec], nn.Module]] = {
 }  # fmt: skip
 
 
-def loss_of(peer: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean cross-entropy of (tokens, targets), both [batch, seq]."""
-    hugging_face = MODELS[peer] is transformers
+class WithLoss(nn.Module):
+    """(tokens, targets), both [batch, seq], to the mean cross-entropy: one graph to compile."""
 
-    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        logits = model(tokens, use_cache=False).logits if hugging_face else model(tokens)
+    def __init__(self, model: nn.Module, hugging_face: bool) -> None:
+        super().__init__()
+        self.model, self.hugging_face = model, hugging_face
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        logits = self.model(tokens, use_cache=False).logits if self.hugging_face else self.model(tokens)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-    return loss
 
 
 def groups(model: nn.Module, spec: Spec) -> list[dict[str, Any]]:
@@ -127,15 +128,13 @@ def steps(peer: str, spec: Spec) -> Callable[[int], float]:
         torch.set_num_threads(spec["threads"])
     if WORLD > 1 and peer != "deepspeed":
         torch.distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
-    model = MODELS[peer](spec).to(device).train()
+    model: nn.Module = WithLoss(MODELS[peer](spec), MODELS[peer] is transformers).to(device).train()
     if peer == "deepspeed":
         return deepspeed_step(model, spec, device)
     optimizer = adamw(model, spec)
     if WORLD > 1:
         model = nn.parallel.DistributedDataParallel(model)
-    loss_fn: Any = loss_of(peer, model)
-    if spec["compile"]:
-        loss_fn = torch.compile(loss_fn, dynamic=False)
+    loss_of: Any = torch.compile(model, dynamic=False) if spec["compile"] else model
     mixed = spec["dtype"] == "bf16"
     parts = spec["global_batch"] // spec["microbatch"] // WORLD
 
@@ -145,7 +144,7 @@ def steps(peer: str, spec: Spec) -> Callable[[int], float]:
             last = WORLD == 1 or index == parts - 1
             with nullcontext() if last else model.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-                    loss = loss_fn(tokens, targets) / parts
+                    loss = loss_of(tokens, targets) / parts
                 loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), spec["optimizer"]["clip"])
@@ -174,7 +173,6 @@ def deepspeed_step(model: nn.Module, spec: Spec, device: torch.device) -> Callab
     }  # fmt: skip
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model, spec), config=config)
-    loss_fn: Any = loss_of("deepspeed", engine)
     if spec["compile"]:
         engine.compile()
 
@@ -183,7 +181,7 @@ def deepspeed_step(model: nn.Module, spec: Spec, device: torch.device) -> Callab
         for group in optimizer.param_groups:
             group["lr"] = spec["rates"][number]
         for tokens, targets in microbatches(spec, number, device):
-            loss = loss_fn(tokens, targets)
+            loss = engine(tokens, targets)
             engine.backward(loss)
             engine.step()
             total += loss.detach() / parts

@@ -137,6 +137,7 @@ def start(
 def run(cell: table.Cell, arms: dict[str, Arm], ceiling: Arm | None, steps: int) -> None:
     """All rounds. An arm that fails leaves; so do peers that are clearly slower than another, after `PROBE` rounds."""
     for index in range(WARMUP + steps):
+        print(f"{cell.name}: round {index + 1} of {WARMUP + steps}", file=sys.stderr, flush=True)
         names = [*arms, *(["ceiling"] if ceiling else [])]
         for name in names[index % len(names) :] + names[: index % len(names)]:
             try:
