@@ -73,13 +73,13 @@ def train(args: argparse.Namespace) -> int:
     if isinstance(plan, Ranks):
         from megapre.train import run
 
-        return run(config, plan, stop)
+        return run(config, plan, stop, profile=args.profile)
 
     from megapre.resilience.launcher import launch
     from megapre.resilience.peers import launch_name, shared_secret
 
     # Ranks get the job as it was read: an edit of the file must not reach half of them, or a restart.
-    job = [to_toml(config)]
+    job = [to_toml(config), *(["--profile"] if args.profile else [])]
     node = plan or NodePlan(world_size(config), 1, 0, world_size(config), ALONE.address, 0)
     return launch(
         node.world,
@@ -118,14 +118,14 @@ def check_start(config: Config) -> None:
 
 
 def train_rank(argv: list[str]) -> int:
-    """One rank under our launcher; ``argv`` holds the resolved job as TOML text."""
+    """One rank under our launcher; ``argv`` holds the resolved job as TOML text, and perhaps ``--profile``."""
     stop = StopRequest().install()
     config = from_toml(argv[0])
     ranks = discover(os.environ, world_size(config))
     assert isinstance(ranks, Ranks), "the launcher sets torchrun's variables"
     from megapre.train import run
 
-    return run(config, ranks, stop)
+    return run(config, ranks, stop, profile="--profile" in argv[1:])
 
 
 def read_job(path: str, overrides: Sequence[str]) -> tuple[Config, Ranks | NodePlan | None]:
@@ -289,7 +289,8 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("overrides", nargs="*", metavar="table.key=value", help="settings over the file's")
         return added
 
-    verb("train", train, "train a job, alone or as a rank of torchrun, Slurm or Open MPI", job=True)
+    added = verb("train", train, "train a job, alone or as a rank of torchrun, Slurm or Open MPI", job=True)
+    added.add_argument("--profile", action="store_true", help="write RUN_DIR/profile: time by phase, and a trace")
     added = verb("doctor", doctor, "examine this node: driver, GPUs, network, file system, limits")
     added.add_argument("job", metavar="JOB.toml", nargs="?", help="also measure the job's ranks and axes")
     added.add_argument("overrides", nargs="*", metavar="table.key=value", help="settings over the file's")

@@ -21,6 +21,7 @@ from megapre.hub.folder import is_folder
 from megapre.kernels.registry import report
 from megapre.monitor.fingerprint import differences, fingerprint
 from megapre.monitor.metrics import Monitor
+from megapre.monitor.profile import Profile
 from megapre.monitor.throughput import Throughput
 from megapre.resilience import environment
 from megapre.resilience.connect import connected, placement
@@ -34,18 +35,25 @@ from megapre.resilience.ranks import Ranks
 from megapre.resilience.selftest import selftest
 from megapre.resilience.signals import StopRequest
 from megapre.training.engine import Engine, build
+from megapre.training.profile import observe, profiled
 from megapre.training.resume import restore, start_from
 from megapre.training.trainer import HostSync, Trainer
 
 
-def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
-    """Train ``config`` as one rank of a launch; returns the exit code (0 done, 75 stopped with a checkpoint)."""
+def run(config: Config, ranks: Ranks, stop: StopRequest, *, profile: bool = False) -> int:
+    """Train ``config`` as one rank of a launch; returns the exit code (0 done, 75 stopped with a checkpoint).
+
+    ``profile``: also write what ``monitor/profile.py`` says.
+    """
     vocab_size = check_data(config)
     run_dir = Path(config.train.run_dir)
     with connected(config, ranks) as (grid, device), run_lock(run_dir, grid.world.rank, HostSync(grid.host)):
         pulse = Pulse(os.environ)
         waits = Waits(device)
         grid = recorded(grid, pulse, waits)
+        seen = Profile(run_dir / "profile", grid.world.rank, device.type, config.monitor.warmup_steps)
+        if profile:
+            grid = profiled(seen, grid)
         engine = build(config, grid, device, vocab_size)
         main = grid.world.rank == 0
         if main:
@@ -78,6 +86,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
             Guard(config, engine.step, monitor.text, Pace(grid, waits, monitor.text)),
             state,
         )
+        if profile:
+            observe(seen, trainer)
         try:
             with snapshot_on_exhaustion(run_dir / "log", grid.world.rank):
                 code = trainer.run()
@@ -87,6 +97,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> int:
             monitor.event("end", trainer.done, error=f"{type(error).__name__}: {error}")
             raise
         finally:
+            for line in seen.finish() if profile else []:
+                monitor.text(line)
             if streamed := trainer.loader.report():
                 monitor.text(streamed)
             trainer.loader.close()

@@ -93,11 +93,11 @@ class TimedWork:
     """Work whose wait is counted."""
 
     def __init__(self, work: Work, waits: Waits) -> None:
-        self._work, self._waits = work, waits
+        self.work, self._waits = work, waits
 
     def wait(self) -> object:
         """As Work."""
-        return self._waits.wait(self._work)
+        return self._waits.wait(self.work)
 
 
 class Pace:
