@@ -27,6 +27,7 @@ FAMILIES = MappingProxyType(
         "electra": ("megapre.hub.bert", "ElectraForMaskedLM", "electra."),
         "t5": ("megapre.hub.t5", "T5ForConditionalGeneration", ""),
         "bart": ("megapre.hub.bart", "BartForConditionalGeneration", "model."),
+        "xlnet": ("megapre.hub.xlnet", "XLNetLMHeadModel", "transformer."),
     }
 )
 """``model_type`` -> the module that knows it, the class of ``transformers``, and the prefix of the names of its
@@ -138,6 +139,7 @@ def resolved(model: ModelConfig) -> ModelConfig:
     made = replace(
         model, kv_heads=model.n_kv_heads, head_size=model.head_dim, ffn_hidden=model.n_ffn if dense else 0,
         rope_high=model.n_rope_high, qkv_bias=model.has_qkv_bias,
+        mlp_bias=model.has_mlp_bias, output_bias=model.has_output_bias,
         attention_scale=model.attention_scale or model.head_dim**-0.5,
     )  # fmt: skip
     return replace(made, **unused)

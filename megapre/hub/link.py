@@ -17,10 +17,14 @@ class Link:
     (of an expert in a stack)."""
     transposed: bool = False
     """Whether the box is our matrix transposed."""
+    heads: int = 0
+    """Where it is not 0, their last two dimensions, heads and features of a head, are one of ours."""
 
     def box(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Offset and size in their tensor of our tensor of ``shape``."""
         size = shape[::-1] if self.transposed else shape
+        if self.heads:
+            size = (*size[:-1], self.heads, size[-1] // self.heads)
         offset = self.offset or (0,) * len(size)
         return offset, (1,) * (len(offset) - len(size)) + size
 

@@ -62,12 +62,22 @@ class Import:
 
     def _read(self, link: Link, box: Box) -> Tensor:
         """A box of our tensor, flat."""
-        base, _ = link.box(self.shapes[link.ours])
+        base, whole = link.box(self.shapes[link.ours])
         offset, size = (box.offset[::-1], box.size[::-1]) if link.transposed else (box.offset, box.size)
+        if link.heads:
+            found = self._read_heads(link, whole[-1], offset, size)
+            return (found.T if link.transposed else found).reshape(-1)
         lead = len(base) - len(offset)
         offset = base[:lead] + tuple(b + o for b, o in zip(base[lead:], offset))
         found = self.folder.read(self.names[link.theirs], offset, (1,) * lead + size).reshape(size)
         return (found.T if link.transposed else found).reshape(-1)
+
+    def _read_heads(self, link: Link, width: int, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        """A box [rows, heads x features], which may begin and end inside a head of ``width`` features."""
+        (row, column), (rows, columns) = offset, size
+        first, last = column // width, -(-(column + columns) // width)
+        found = self.folder.read(self.names[link.theirs], (row, first, 0), (rows, last - first, width)).flatten(1)
+        return found[:, column - first * width :][:, :columns]
 
     def _names(self) -> dict[str, str]:
         """Name as the family has it -> name in the files, which may lack the prefix."""

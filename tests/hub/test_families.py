@@ -21,7 +21,10 @@ from megapre.hub.export import export
 from megapre.hub.families import FAMILIES, differences
 from megapre.hub.load import Import
 from megapre.models.context import Context
+from megapre.models.heads import Head
+from megapre.models.two_stream import TwoStreamHead
 from megapre.parallel.grid import Grid
+from megapre.parallel.placement import Address
 from megapre.parallel.tensor import Linear
 from megapre.training.engine import Engine, build
 from megapre.training.resume import start_from
@@ -83,6 +86,11 @@ MODELS |= {
         },
     ),
 }  # fmt: skip
+XLNET = {"vocab_size": VOCAB, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 40, "mem_len": None}
+MODELS |= {
+    "xlnet": ("xlnet", XLNET),
+    "xlnet-bare": ("xlnet", {**XLNET, "clamp_len": 5, "ff_activation": "relu", "architectures": ["XLNetModel"]}),
+}
 LAYOUTS = ["1x1x1", "2x2x1+sp"]
 
 
@@ -122,6 +130,10 @@ def microbatch(model: ModelConfig) -> Microbatch:
         m.labels, m.label_weights = torch.tensor([0, 1, 1]), torch.ones(BATCH)
     if model.architecture == "encoder_decoder":
         m.source = torch.randint(2, VOCAB, (LENGTH, BATCH), generator=generator)
+    if model.architecture == "two_stream":  # the last 7 of a random order are predicted
+        order = torch.stack([torch.randperm(LENGTH, generator=generator) for _ in range(BATCH)], 1)
+        m.ranks = (order - (LENGTH - 8)).clamp_min(0)
+        m.weights = (m.ranks > 0).float()
     return m
 
 
@@ -129,6 +141,11 @@ def their_outputs(model: Any, m: Microbatch) -> tuple[Tensor, Tensor | None]:
     """Logits of tokens [batch, seq, vocabulary] and of sentences."""
     if m.source is not None:
         out = model(input_ids=m.source.T, decoder_input_ids=m.tokens.T, use_cache=False)
+    elif m.ranks is not None and m.ranks.any():  # as XLNet's authors: what is only read hides nothing from anyone
+        asked, order = m.ranks.T.unsqueeze(2), m.ranks.T.unsqueeze(1)
+        hidden = ((order >= asked) & (order > 0)).float()
+        wanted = torch.eye(LENGTH).expand(BATCH, -1, -1)
+        out = model(m.tokens.T, token_type_ids=m.token_types.T, perm_mask=hidden, target_mapping=wanted)
     elif m.token_types is not None:
         out = model(input_ids=m.tokens.T, token_type_ids=m.token_types.T)
     elif getattr(model.config, "type_vocab_size", 0):
@@ -142,7 +159,7 @@ def their_outputs(model: Any, m: Microbatch) -> tuple[Tensor, Tensor | None]:
 
 
 def counts(m: Microbatch) -> Counts:
-    return Counts(LENGTH * BATCH, BATCH if m.labels is not None else 0, LENGTH * BATCH)
+    return Counts(int(m.weights.sum()), BATCH if m.labels is not None else 0, LENGTH * BATCH)
 
 
 def job(folder: Path, layout: str, dtype: str = "fp32") -> Config:
@@ -153,7 +170,8 @@ def job(folder: Path, layout: str, dtype: str = "fp32") -> Config:
         model = replace(model, sequence=LENGTH, source_sequence=LENGTH)
     train = TrainConfig(global_batch=BATCH, microbatch=BATCH)
     # the objective is the nearest one that the job's rules let through: the batch is our own
-    data = DataConfig(objective={"encoder": "masked", "decoder": "causal"}.get(model.architecture, "denoising"))
+    nearest = {"encoder": "masked", "decoder": "causal", "two_stream": "permuted"}
+    data = DataConfig(objective=nearest.get(model.architecture, "denoising"))
     if model.architecture == "encoder_decoder":
         data = replace(data, mask_span=1.0)
     if model.sentence_classes:
@@ -171,7 +189,7 @@ def started(grid: Grid, device: torch.device, config: Config, folder: Path) -> E
 
 
 def run_one(
-    grid: Grid, device: torch.device, config: Config, folder: Path
+    grid: Grid, device: torch.device, config: Config, folder: Path, m: Microbatch
 ) -> tuple[Tensor | None, float, dict[str, Tensor]]:
     """Of one rank: its part of the logits, the loss, and gradients by tensor and offset."""
     engine = started(grid, device, config, folder)
@@ -181,7 +199,7 @@ def run_one(
         logits.append(output(x))
         return x.new_zeros(())
 
-    step, m = engine.step, microbatch(config.model)
+    step = engine.step
     contexts = step._contexts([m], counts(m), 0, False, training=False)
     for context in contexts:
         context.loss = keep
@@ -221,22 +239,42 @@ def gradient_in_their_module(gradients: dict[str, Tensor], name: str) -> Tensor:
 def test_logits_and_gradients_are_theirs(name: str, layout: str, folders: dict[str, tuple[Any, Path]]) -> None:
     model, folder = folders[name]
     config = job(folder, layout)
-    ranks = threads.run(config, parse(layout).world, run_one, config, folder)
+    hold_to(model, folder, config, layout, microbatch(config.model))
+
+
+@pytest.mark.parametrize("types", [True, False], ids=["types", "no-types"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_xlnets_content_is_theirs_where_nothing_is_predicted(
+    layout: str, types: bool, folders: dict[str, tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without perm_mask and target_mapping they have one stream, our content, and their head reads it."""
+    monkeypatch.setattr(TwoStreamHead, "forward", lambda self, ctx, h, g: Head.forward(self, ctx, h))
+    model, folder = folders["xlnet"]
+    config = job(folder, layout)
     m = microbatch(config.model)
+    m.ranks, m.weights = torch.zeros_like(m.tokens), torch.ones(m.tokens.shape)
+    m.token_types = m.token_types if types else None
+    hold_to(model, folder, config, layout, m)
+
+
+def hold_to(model: Any, folder: Path, config: Config, layout: str, m: Microbatch) -> None:
+    """Logits where a target counts, loss and every gradient of ``folder`` on ``layout`` are those of ``model``."""
+    ranks = threads.run(config, parse(layout).world, run_one, config, folder, m)
     model.zero_grad()
     logits, sentences = their_outputs(model, m)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), m.targets.T.flatten())
+    counted = m.weights.T.bool()
+    loss = torch.nn.functional.cross_entropy(logits[counted], m.targets.T[counted])
     if sentences is not None:
         loss = loss + torch.nn.functional.cross_entropy(sentences, m.labels)
     loss.backward()
     parts = [part for part, _, _ in ranks if part is not None]
-    ours = torch.cat(parts, -1)[..., :VOCAB].transpose(0, 1)
+    ours, logits = torch.cat(parts, -1)[..., :VOCAB].transpose(0, 1)[counted], logits[counted]
     torch.testing.assert_close(ours, logits.detach(), rtol=0, atol=1e-4)
     p, q = logits.detach().double().log_softmax(-1), ours.double().log_softmax(-1)
     assert float((p.exp() * (p - q)).sum(-1).max()) <= 1e-10
     assert ranks[0][1] == pytest.approx(float(loss), abs=1e-5)
     links = Import(folder)
-    gradients = {n: parameter.grad for n, parameter in model.named_parameters()}
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     seen: set[str] = set()
     for _, _, found in ranks:
         for key, gradient in found.items():
@@ -244,13 +282,26 @@ def test_logits_and_gradients_are_theirs(name: str, layout: str, folders: dict[s
             link = links.links[ours_name]
             offset, size = link.box(links.shapes[ours_name])
             true = gradient_in_their_module(gradients, link.theirs)[tuple(map(slice, offset, ends(offset, size)))]
-            true = true.T if link.transposed else true
+            true = true.flatten(1) if link.heads else true
+            true = (true.T if link.transposed else true).reshape(links.shapes[ours_name])
             corner = tuple(int(n) for n in at.strip("()").split(",") if n.strip())
             true = true[tuple(map(slice, corner, ends(corner, gradient.shape)))]
             error = float((gradient - true).norm() / true.norm().clamp_min(1e-2))
             assert error < 1e-4, f"gradient of {key} is off by {error:.1e}"
             seen.add(ours_name)
     assert seen == set(links.shapes)
+
+
+def test_a_box_may_begin_inside_a_head(folders: dict[str, tuple[Any, Path]]) -> None:
+    """ZeRO cuts where it likes; their matrices have heads and features as two dimensions."""
+    model, folder = folders["xlnet"]
+    attention, shape = model.transformer.layer[1].rel_attn, (32, 32)
+    for part, whole in (("q", attention.q.flatten(1).T), ("output", attention.o.flatten(1))):
+        for start, stop in ((0, 1024), (5, 30), (37, 400), (350, 351), (100, 1023)):
+            data = torch.empty(stop - start)
+            address = Address(f"weight/blocks.1.attention.{part}.weight", shape, (0, 0), shape, start, stop)
+            Import(folder).fill([(address, data)])
+            assert torch.equal(data, whole.detach().reshape(-1)[start:stop]), (part, start, stop)
 
 
 def save(grid: Grid, device: torch.device, config: Config, folder: Path, root: Path) -> Path:

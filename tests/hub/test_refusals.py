@@ -179,3 +179,35 @@ def test_an_output_layer_of_its_own_is_seen_in_the_files(tmp_path: Path) -> None
 
     assert Import(tmp_path / "t5").model.tied_embeddings
     assert not Import(changed(tmp_path / "t5", tmp_path / "own", own)).model.tied_embeddings
+
+
+@pytest.fixture(scope="module")
+def xlnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("xlnet")
+    theirs("xlnet", folder)
+    return folder
+
+
+XLNETS = [
+    ({"mem_len": 384}, r"has mem_len = 384, a memory that megapre does not have: only null"),
+    ({"reuse_len": 0}, r"has reuse_len = 0, a memory that megapre does not have: only null"),
+    ({"use_mems_train": True}, r"has use_mems_train = True, which megapre cannot compute: only False"),
+    ({"attn_type": "uni"}, r"has attn_type = 'uni', which megapre cannot compute: only 'bi'"),
+    ({"bi_data": True}, r"has bi_data = True, which megapre cannot compute: only False"),
+    ({"same_length": True}, r"has same_length = True, which megapre cannot compute: only False"),
+    ({"untie_r": False}, r"has untie_r = False, which megapre cannot compute: only True"),
+    ({"d_head": 16}, r"has d_head = 16, which megapre cannot compute: only 8"),
+    ({"ff_activation": "silu"}, r"has ff_activation = 'silu', which megapre cannot compute: only 'gelu'"),
+    ({"tie_word_embeddings": False}, r"has tie_word_embeddings = False, which megapre cannot compute: only True"),
+]
+
+
+@pytest.mark.parametrize(("settings", "told"), XLNETS, ids=[next(iter(settings)) for settings, _ in XLNETS])
+def test_what_megapres_xlnet_is_not_is_refused(settings: Config, told: str, xlnet: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        Import(changed(xlnet, tmp_path / "bad", lambda c, t: c.update(settings)))
+
+
+def test_an_xlnet_that_does_not_say_its_memory_has_one(xlnet: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has mem_len = 512, a memory"):
+        Import(changed(xlnet, tmp_path / "bad", lambda c, t: c.pop("mem_len")))
