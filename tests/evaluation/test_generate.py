@@ -36,6 +36,7 @@ MOE = replace(LLAMA, experts=8, experts_per_token=2, capacity_factor=1.0, shared
 MODELS = {
     "gpt2": ModelConfig(), "llama": LLAMA, "moe": MOE, "qwen3-window": replace(LLAMA, qk_norm=True, window=5),
     "alibi": ModelConfig(positions="alibi"), "t5": ModelConfig(positions="t5"),
+    "transformer-xl": ModelConfig(positions="transformer_xl", kv_heads=2),
     "post": ModelConfig(positions="sinusoidal", norm_placement="post", share_layers=True),
 }  # fmt: skip
 
