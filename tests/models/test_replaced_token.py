@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megapre.config.check import check
-from megapre.config.schema import Config, DataConfig, ModelConfig, TrainConfig
-from megapre.data.loader import Counts
+from megapre.config.schema import Config, DataConfig, ModelConfig, MonitorConfig, TrainConfig
+from megapre.data.loader import Counts, count
 from megapre.models import spec
 from megapre.models.context import Context
 from megapre.models.replaced_token import Replacement
@@ -20,6 +20,7 @@ from megapre.random.philox import keep_mask, uniform
 from megapre.training.engine import Engine, build
 from megapre.verify import oracle
 from megapre.verify.cells import batches, join
+from tests.training.test_step import NoHostReads
 
 VOCAB = 30
 JOB = Config(
@@ -110,6 +111,16 @@ def test_a_held_out_loss_is_told_in_its_parts() -> None:
     both = found["loss/tokens"] + 50 * found["loss/detection"]
     assert float(found["loss"]) == pytest.approx(float(both), rel=1e-6)
     assert 0 < float(found["replaced"]) <= targets / m.tokens.numel()
+
+
+def test_a_step_waits_for_nothing_and_tells_the_size_of_every_block() -> None:
+    job = replace(JOB, monitor=MonitorConfig(activation_rms=True))
+    made = build(check(job, 1), single(), torch.device("cpu"), VOCAB)
+    batch = batches(JOB, VOCAB, 1)[0]
+    counts = count(batch)
+    with NoHostReads():
+        result = made.step(batch, counts, 0, 1e-3)
+    assert result.rms is not None and result.rms.shape == (2,) and bool((result.rms > 0).all())
 
 
 def test_both_read_the_same_embeddings() -> None:

@@ -216,7 +216,7 @@ ARCHITECTURE_MUTANTS = (
         "megapre/models/replaced_token.py",
         "return uniform(ctx.seed, site(0, SAMPLE), ctx.places, ctx.samples)",
         "return uniform(ctx.seed, site(0, SAMPLE), torch.arange(len(ctx.places)), ctx.samples)",
-        f"{REPLACED}[electra-2x1x1+ring:2+sp]",
+        f"{REPLACED}[electra-1x1x1+ring:2]",
         "context ranks draw the same numbers for different tokens",
     ),
     Mutant(
