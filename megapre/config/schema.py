@@ -159,9 +159,9 @@ class CheckpointConfig:
     """When to save and what to keep."""
 
     interval: int = 0
-    """Steps between checkpoints; 0 means only at the end."""
-    minutes: float = 0.0
-    """Also save when this many minutes have passed since the last save; 0: never."""
+    """Steps between checkpoints; 0: none are counted."""
+    minutes: float = 10.0
+    """Also save when this many minutes have passed since the last save; 0: never. A run always saves at its end."""
     async_save: bool = True
     """Write checkpoints beside the training, from a copy in host memory; the last one of a run is always waited for."""
     host_memory: float = 0.0

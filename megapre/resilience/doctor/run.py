@@ -54,7 +54,8 @@ def checkpoint_bytes(config: Config) -> int:
     """What the kept checkpoints of a job take, and one that is being written."""
     model = config.model
     total = sum(_count(spec.shape) for spec in tensors(model, model.vocab_size or 50_257))
-    return BYTES * total * (config.checkpoint.keep_last + 1) if config.checkpoint.interval else BYTES * total
+    keep = config.checkpoint
+    return BYTES * total * (keep.keep_last + 1 if keep.interval or keep.minutes else 1)
 
 
 def _count(shape: Sequence[int]) -> int:
