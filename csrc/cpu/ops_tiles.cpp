@@ -30,25 +30,33 @@ bool is_bf16_rows(const Tensor& x) {
 
 Tensor memory(const Tensor& like, int64_t bytes) { return at::empty({bytes}, like.options().dtype(at::kByte)); }
 
-// Tasks [0, count) with tiles configured and scratch of a thread's own.
+// Tasks [0, count) in ranges, with tiles configured and scratch of a thread's own.
 template <class F>
-void parallel(const Tensor& like, int64_t count, int64_t scratch, F f) {
+void ranges(const Tensor& like, int64_t count, int64_t scratch, F f) {
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     const Tensor own = memory(like, scratch);
     chosen()->begin();
-    for (int64_t task = begin; task < end; task++) f(task, own.mutable_data_ptr());
+    f(begin, end, own.mutable_data_ptr());
     chosen()->end();
   });
 }
 
-Tensor pack_places(const Tensor& x, int64_t padded) {
-  const int64_t width = x.size(1), pairs = padded / 2;
-  Tensor words = memory(x, padded * width * 2);
-  at::parallel_for(0, pairs, std::max<int64_t>(1, ELEMENTS / width), [&](int64_t begin, int64_t end) {
-    chosen()->pack_places(x.const_data_ptr(), x.stride(0), x.size(0), padded, width, words.mutable_data_ptr(), begin,
-                          end);
+template <class F>
+void parallel(const Tensor& like, int64_t count, int64_t scratch, F f) {
+  ranges(like, count, scratch, [&](int64_t begin, int64_t end, void* own) {
+    for (int64_t task = begin; task < end; task++) f(task, own);
   });
-  return words;
+}
+
+// x in the form that `pack` makes, with `padded` rows.
+template <class F>
+Tensor packed(const Tensor& x, int64_t padded, F pack) {
+  const int64_t width = x.size(1);
+  Tensor to = memory(x, padded * width * 2);
+  at::parallel_for(0, padded / SIDE, grain(SIDE * width), [&](int64_t begin, int64_t end) {
+    pack(x.const_data_ptr(), x.stride(0), x.size(0), padded, width, to.mutable_data_ptr(), begin, end);
+  });
+  return to;
 }
 
 HeadChunk chunk_of(const Tensor& x, const Tensor& weight, const Tensor& targets, int64_t valid, const Tensor& logits) {
@@ -77,16 +85,26 @@ Tensor head_logits(const Tensor& x, const Tensor& weight, const Tensor& targets_
   });
   c.features = features.const_data_ptr(), c.logits = logits.mutable_data_ptr();
   Tensor statistics = at::empty({blocks, 4, c.padded}, x.options().dtype(at::kFloat));
-  parallel(x, blocks, (SIDE + 1) * c.padded * 4, [&](int64_t block, void* scratch) {
+  parallel(x, blocks, 4 * SIDE * (c.width + 2 * SIDE), [&](int64_t block, void* scratch) {
     chosen()->logits(c, block * BLOCK, std::min((block + 1) * BLOCK, weight.size(0)),
-                     statistics.mutable_data_ptr<float>() + block * 4 * c.padded, (float*)scratch);
+                     statistics.mutable_data_ptr<float>() + block * 4 * c.padded, scratch);
   });
   return statistics.narrow(2, 0, c.rows);
 }
 
-Tensor padded_floats(const Tensor& x, int64_t rows, int64_t padded, const char* name) {
-  Tensor out = at::zeros({padded}, x.options().dtype(at::kFloat));
-  out.narrow(0, 0, rows).copy_(as_floats(x, rows, name));
+// What the gradient of a row of logits needs of the row, see HeadChunk: [4, padded].
+Tensor row_factors(const Tensor& lse_, const Tensor& scale_, int64_t rows, int64_t padded, double share,
+                   double z_loss) {
+  const Tensor lse = as_floats(lse_, rows, "lse"), scale = as_floats(scale_, rows, "scale");
+  Tensor out = at::zeros({4, padded}, lse.options());
+  float* to = out.mutable_data_ptr<float>();
+  std::fill(to, to + padded, INFINITY);
+  for (int64_t r = 0; r < rows; r++) {
+    const float x = lse.const_data_ptr<float>()[r], y = scale.const_data_ptr<float>()[r];
+    if (y == 0) continue;
+    to[r] = x * (float)M_LOG2E, to[padded + r] = y;
+    to[2 * padded + r] = (1.0f + 2.0f * (float)z_loss * x) * y, to[3 * padded + r] = (float)share * y;
+  }
   return out;
 }
 
@@ -99,18 +117,19 @@ void head_gradient_(const Tensor& x, const Tensor& weight, const Tensor& targets
                         main_grad.sizes() == weight.sizes() && is_bf16_rows(dx) && dx.sizes() == x.sizes(),
                     "head: main_grad must be contiguous fp32 like the weight and dx like x, got ", main_grad.sizes(),
                     " and ", dx.sizes());
-  const Tensor lse = padded_floats(lse_, c.rows, c.padded, "lse");
-  const Tensor scale = padded_floats(scale_, c.rows, c.padded, "scale"), places = pack_places(x, c.padded);
-  c.lse = lse.const_data_ptr<float>(), c.scale = scale.const_data_ptr<float>();
+  const double share = smoothing == 0 ? 0 : smoothing / (double)vocab;
+  const Tensor factors = row_factors(lse_, scale_, c.rows, c.padded, share, z_loss);
+  const Tensor places = packed(x, c.padded, chosen()->pack_places);
+  c.lse = factors.const_data_ptr<float>(), c.scale = c.lse + c.padded, c.factor = c.scale + c.padded;
+  c.less = c.factor + c.padded, c.smoothing = (float)smoothing;
   c.logits = logits.mutable_data_ptr(), c.places = places.const_data_ptr();
-  c.smoothing = (float)smoothing, c.share = smoothing == 0 ? 0 : (float)(smoothing / (double)vocab);
-  c.z_loss = (float)z_loss, c.main_grad = main_grad.mutable_data_ptr<float>();
+  c.main_grad = main_grad.mutable_data_ptr<float>();
   const Tensor words = memory(x, BLOCK * c.padded * 2), turned = memory(x, BLOCK * c.width * 2);
   const Tensor sum = at::zeros({c.width, c.padded}, main_grad.options());
   for (int64_t first = 0; first < weight.size(0); first += BLOCK) {
     const int64_t block = std::min(BLOCK, weight.size(0) - first);
-    parallel(x, block / SIDE, SIDE * (c.padded + c.width) * 2, [&](int64_t task, void* scratch) {
-      chosen()->gradient(c, first + task * SIDE, task * SIDE, block, words.mutable_data_ptr(),
+    ranges(x, block / SIDE, 4 * SIDE * c.padded + 1216, [&](int64_t begin, int64_t end, void* scratch) {
+      chosen()->gradient(c, first + begin * SIDE, first + end * SIDE, first, block, words.mutable_data_ptr(),
                          turned.mutable_data_ptr(), scratch);
     });
     parallel(x, c.width / SIDE, 0, [&](int64_t task, void*) {
@@ -133,10 +152,11 @@ void add_product_(Tensor& main_grad, const Tensor& dy, const Tensor& x) {
   const int64_t height = std::clamp<int64_t>((1 << 19) / std::max<int64_t>(width, 1) / SIDE * SIDE, 256, 2048);
   for (int64_t first = 0; first < x.size(0); first += height) {
     const int64_t rows = std::min(height, x.size(0) - first), padded = round_up(rows);
-    const Tensor part = dy.narrow(0, first, rows), words = pack_places(x.narrow(0, first, rows), padded);
-    parallel(x, outputs / SIDE, (16 * SIDE + SIDE * padded / 2) * 4, [&](int64_t task, void* scratch) {
-      chosen()->weight_gradient(part.const_data_ptr(), part.stride(0), rows, padded, words.const_data_ptr(), width,
-                                main_grad.mutable_data_ptr<float>(), task * SIDE, scratch);
+    const Tensor turned = packed(dy.narrow(0, first, rows), padded, chosen()->pack_turned);
+    const Tensor words = packed(x.narrow(0, first, rows), padded, chosen()->pack_places);
+    ranges(x, outputs / SIDE, 0, [&](int64_t begin, int64_t end, void*) {
+      chosen()->weight_gradient(turned.const_data_ptr(), padded, words.const_data_ptr(), width,
+                                main_grad.mutable_data_ptr<float>(), begin * SIDE, end * SIDE);
     });
   }
 }

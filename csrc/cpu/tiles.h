@@ -13,12 +13,13 @@ struct HeadChunk {
   int64_t rows, padded, width, valid;
   const void* weight;                   // bf16 [vocabulary, width]
   const void* features;                 // x as B with k = width: [padded/32][width/2][32] words
-  void* logits;                         // bf16 [vocabulary, padded]
+  void* logits;                         // bf16, as many as [vocabulary, padded], in an order of the kernels' own
   const int64_t* targets;               // [rows]
   // For the gradient alone.
   const void* places;                   // x as B with k = padded: [width/32][padded/2][32] words
-  const float *lse, *scale;             // [padded], 0 behind the true ones
-  float smoothing, share, z_loss;       // share: smoothing over the size of the vocabulary
+  // [padded]: log2(e) lse (infinity where the scale is 0), the scale, it times (1 + 2 z lse) and times smoothing / V.
+  const float *lse, *scale, *factor, *less;
+  float smoothing;
   float* main_grad;                     // fp32 [vocabulary, width], added to
 };
 
@@ -28,25 +29,29 @@ struct TileKernels {
   // Panels [first, last) of x [rows, width] as B with k = width, a panel for 32 rows; scratch: 32 x width elements.
   void (*pack_features)(const void* x, int64_t stride, int64_t rows, int64_t width, void* words, int64_t first,
                         int64_t last, void* scratch);
-  // Row pairs [first, last) of x [rows, width] as B with k = padded.
+  // Rows [32 first, 32 last) of x [rows, width] as B with k = padded.
   void (*pack_places)(const void* x, int64_t stride, int64_t rows, int64_t padded, int64_t width, void* words,
                       int64_t first, int64_t last);
+  // The same rows of x turned, as A with k = padded: [width/32][padded/32] blocks of 32 x 32.
+  void (*pack_turned)(const void* x, int64_t stride, int64_t rows, int64_t padded, int64_t width, void* blocks,
+                      int64_t first, int64_t last);
   // Vocabulary rows [begin, end): logits, and their statistics [4, padded]: max, sum of exp, target's logit, sum;
-  // scratch: 33 x padded floats.
-  void (*logits)(const HeadChunk& c, int64_t begin, int64_t end, float* statistics, float* scratch);
-  // 32 vocabulary rows from `row` on: their gradient, added to main_grad by its product with x; the gradient as B with
-  // k = the block's rows and the weight as A turned, at `place` of `block` rows; scratch: 32 x (padded + width).
-  void (*gradient)(const HeadChunk& c, int64_t row, int64_t place, int64_t block, void* words, void* turned,
-                   void* scratch);
-  // Feature rows [begin, end) of sum [width, padded] += turned weight x gradient, over `block` vocabulary rows.
+  // scratch: 64 x width elements and 8 KiB.
+  void (*logits)(const HeadChunk& c, int64_t begin, int64_t end, float* statistics, void* scratch);
+  // Vocabulary rows [begin, end) of a block that begins at `first`: their gradient, added to main_grad by its product
+  // with x; the gradient as B with k = the block's rows, [padded/32][block/2][32] words, and the weight as A turned,
+  // [width/32][block/32] blocks of 32 x 32; scratch: 64 x padded elements and 1,216 bytes.
+  void (*gradient)(const HeadChunk& c, int64_t begin, int64_t end, int64_t first, int64_t block, void* words,
+                   void* turned, void* scratch);
+  // Feature rows [begin, end) of sum, [width/32][padded/32] blocks of 32 x 32, += turned weight x gradient, over
+  // `block` vocabulary rows.
   void (*features_gradient)(const HeadChunk& c, int64_t block, const void* turned, const void* words, float* sum,
                             int64_t begin, int64_t end);
-  // x [rows, width] of sum [width, padded].
+  // x [rows, width] of sum.
   void (*store_turned)(const float* sum, int64_t padded, int64_t rows, int64_t width, void* x, int64_t stride);
-  // Rows [begin, begin + 32) of main_grad [outputs, width] += dy^T x, over `rows` rows of dy (`stride` apart; words: x
-  // as B with k = padded); scratch: 32 x 2 padded elements.
-  void (*weight_gradient)(const void* dy, int64_t stride, int64_t rows, int64_t padded, const void* words,
-                          int64_t width, float* main_grad, int64_t begin, void* scratch);
+  // Rows [begin, end) of main_grad [outputs, width] += dy^T x; turned: dy, words: x as B with k = padded.
+  void (*weight_gradient)(const void* turned, int64_t padded, const void* words, int64_t width, float* main_grad,
+                          int64_t begin, int64_t end);
 };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
