@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 #   make setup TORCH_INDEX="--extra-index-url https://download.pytorch.org/whl/cpu"
 TORCH_INDEX ?=
 
-.PHONY: setup test demo docs lint nightly bench-env faults-full slurm clean
+.PHONY: setup test demo docs lint nightly bench-env bench faults-full slurm clean
 
 setup: $(VENV)/.ready
 
@@ -66,6 +66,13 @@ bench-env: setup
 	$(BENCH)/bin/python -m pip install -q -c constraints.txt -c benchmarks/train/constraints.txt --no-build-isolation \
 		transformers lightning jsonargparse ninja deepspeed
 	$(BENCH)/bin/python -m pip install -q -c benchmarks/train/constraints.txt --no-deps litgpt
+
+# The tables of docs/performance.md, on an otherwise idle machine.
+bench: setup
+	$(BIN)/python benchmarks/train/run.py --dtypes bf16 --write
+	$(BIN)/python benchmarks/train/run.py --jobs J1 --dtypes fp32 --threads 2 --write
+	$(BIN)/python benchmarks/train/components.py --write
+	$(BIN)/python benchmarks/train/scaling.py --write
 
 # The counts of a release, hours of it, as root; its table goes into docs/operations.md. ROWS=kills,soak runs some.
 faults-full: setup

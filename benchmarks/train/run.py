@@ -50,9 +50,10 @@ QUICK_LLAMA = ("model.kv_heads=1", "model.ffn_hidden=64")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", choices=tuple(JOBS), default=["J1", "J2"])
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--jobs", nargs="+", choices=tuple(JOBS), default=list(JOBS) if gpu else ["J1", "J2"])
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1] if gpu else [1, 2])
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks of every stack")
     parser.add_argument("--steps", type=int, default=10, help="counted steps (default 10)")
     parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=list(PEERS))

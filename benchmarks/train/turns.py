@@ -51,7 +51,9 @@ class Turns:
 
 
 def reset_peak() -> None:
-    """Let the peak of resident memory begin at what is resident now."""
+    """Let the peak of memory begin at what is in use now."""
+    if (cuda := _cuda()) is not None:
+        cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -59,11 +61,19 @@ def reset_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """Peak of resident memory since `reset_peak`, in bytes."""
+    """Peak of resident memory since `reset_peak`, on a GPU of its memory, in bytes."""
+    if (cuda := _cuda()) is not None:
+        return int(cuda.max_memory_allocated())
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cuda() -> Any:
+    """torch.cuda where this process uses a GPU."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 class Absent(Exception):
