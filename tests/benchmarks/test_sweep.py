@@ -2,12 +2,14 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks import sweep
 from tests.training.jobs import corpus
 
+ROOT = Path(__file__).parents[2]
 JOB = """
 [model]
 hidden = 16
