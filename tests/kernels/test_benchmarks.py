@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.kernels import docs, gpu, setting, timing
+from benchmarks.kernels import docs, gpu, published, setting, timing
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without a GPU")
@@ -33,6 +33,16 @@ def test_ratios_are_medians_of_the_rounds():
 
 def test_every_table_of_the_page_has_its_place():
     page = docs.PAGE.read_text()
-    for script in ("run", "static", "triton_static", "traffic", "gpu"):
+    scripts = ("run", "static", "triton_static", "traffic", "gpu", "published")
+    for script in scripts:
         assert page.count(f"<!-- benchmarks/kernels/{script}.py -->") == 1
-    assert page.count(docs.END) == 5
+    assert page.count(docs.END) == len(scripts)
+
+
+def test_published_speeds_count_work_as_their_authors_do(monkeypatch):
+    rows, kernels = published.published()
+    assert published.work("fwd", 1024) == 16 * 2 * 1024**2 * 2048 and published.work("fwd+bwd", 1024) == 3.5 * 2**36
+    monkeypatch.setattr(published, "measured", lambda row: {"cuda": "7"} if row[0] == "H100" else {})
+    lines = published.table().splitlines()
+    assert len(lines) == 2 + len(rows) and "FlashAttention-3" in kernels
+    assert sum("|  | 7 |" in line for line in lines) == sum(row[0] == "H100" for row in rows) > 0
