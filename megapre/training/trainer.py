@@ -27,6 +27,7 @@ from megapre.monitor.throughput import Throughput
 from megapre.optim.plateau import Plateau
 from megapre.optim.schedule import learning_rate
 from megapre.parallel.comm import Axis, Work
+from megapre.training.loss import loss_parts
 from megapre.training.resume import restore
 from megapre.training.rewind import Trouble, Watcher, batches_of, checkpoint_before, skipped_batches
 from megapre.training.step import StepResult, TrainStep
@@ -283,7 +284,7 @@ class Trainer:
             return
         values = {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700)),
+            **({"perplexity": math.exp(min(loss, 700))} if len(loss_parts(self.config.model)) == 1 else {}),
             "lr": rate,
             "grad_norm": float(result.grad_norm),
             "loss_scale": float(result.loss_scale),
