@@ -56,4 +56,20 @@ HUB_MUTANTS = (
         f"{THEIRS}[gpt2-2x2x1+sp]",
         "parts of a fused matrix in another order",
     ),
+    Mutant(
+        "generators-heads-not-compared",
+        "megapre/hub/bert.py",
+        "        if ours != theirs:\n            raise ValueError(\n                f\"{beside.where} has",
+        "        if False:\n            raise ValueError(\n                f\"{beside.where} has",
+        "tests/hub/test_electra.py::test_what_is_no_pair_is_refused",
+        "a generator of as many features in other heads is read as if it had ours",
+    ),
+    Mutant(
+        "a-generators-own-embedding-is-taken",
+        "megapre/hub/load.py",
+        "            if not one.equal(other):",
+        "            if not one.equal(other) and name.count('/') == 0:",
+        "tests/hub/test_electra.py::test_what_is_no_pair_is_refused",
+        "ELECTRA's two models are read with the embedding of one of them, though they differ",
+    ),
 )
