@@ -22,6 +22,22 @@ DATA = (
         "B56, gpt-neox PR #835, Megatron-LM #1672: positions beyond 2^31",
     ),
     Mutant(
+        "copy-kept-without-its-digest",
+        "megapre/data/stage.py",
+        "if digest and (seen := sidecar.combine_digests(blocks)) != digest:",
+        "if digest and (seen := digest) != digest:",
+        "tests/data/test_stage.py::test_a_damaged_original_is_refused_and_leaves_nothing_under_its_name",
+        "a file that was damaged on its way to the node's disk is trained on",
+    ),
+    Mutant(
+        "copy-of-another-version",
+        "megapre/data/stage.py",
+        'hashlib.sha256(f"{name} {original.version}".encode())',
+        "hashlib.sha256(name.encode())",
+        "tests/data/test_stage.py::test_another_version_is_another_copy_and_what_is_not_ours_stays",
+        "a corpus that was tokenised again is read from the old copy",
+    ),
+    Mutant(
         "blend-forgets-its-cycles",
         "megapre/data/blend.py",
         "return source, cycle * self.counts[source] + int(self._rank[slot])",

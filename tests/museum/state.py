@@ -218,6 +218,14 @@ STATE = (
         "NCCL #596: a collective returns wrong data",
     ),
     Mutant(
+        "tracker-dies-of-the-scheduler",
+        "megapre/resilience/launcher.py",
+        "        # It inherits the mask too, and would die of a scheduler's SIGUSR1, which it does not ignore.\n",
+        "        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)\n",
+        "tests/resilience/test_launcher.py::test_signals_reach_the_ranks_even_when_every_process_gets_them",
+        "under Slurm: the tracker of multiprocessing ends by SIGUSR1 and leaves a traceback for a headline",
+    ),
+    Mutant(
         "state-read-when-the-save-is-finalised",
         "megapre/checkpoint/writer.py",
         "        state = copy.deepcopy(state)  # it is written at the end, when training has moved on\n",
