@@ -16,7 +16,7 @@ from megapre.config.load import to_toml
 from megapre.config.schema import Config
 from megapre.data import native
 from megapre.data.check import check_data
-from megapre.data.loader import Loader, validation
+from megapre.data.loader import Loader, held_out
 from megapre.hub.folder import is_folder
 from megapre.kernels.registry import report
 from megapre.monitor.fingerprint import differences, fingerprint
@@ -79,7 +79,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest, *, profile: bool = Fals
             config,
             engine.step,
             lambda step, skipped: Loader(config, **place, start_step=step, skipped=skipped),
-            validation(config, **place),
+            held_out(config, **place),
             monitor,
             Throughput(config, vocab_size, grid.world.size, device.type),
             stop.requested,

@@ -102,6 +102,14 @@ def fraction_is_of_documents(config: Config) -> str | None:
     return None
 
 
+def validation_has_samples(config: Config) -> str | None:
+    """What more is asked of a validation needs one."""
+    for key in ("eval_first", "eval_by_path"):
+        if getattr(config.train, key) and not config.train.eval_samples:
+            return f"train.{key} needs train.eval_samples of at least 1, not 0"
+    return None
+
+
 def weights_match_paths(config: Config) -> str | None:
     """One positive weight per path and stage, or none at all; with stages a path may rest in some."""
     weights, paths, stages = config.data.weights, config.data.paths, config.data.stages
@@ -203,6 +211,7 @@ RULES = (
     *RAMP_RULES,
     split_sums_to_one,
     fraction_is_of_documents,
+    validation_has_samples,
     weights_match_paths,
     *OBJECTIVE_RULES,
     *HEAD_RULES,

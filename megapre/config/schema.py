@@ -152,6 +152,10 @@ class TrainConfig:
     """Steps between validations; 0 means only at the end."""
     eval_samples: int = 64
     """Validation samples per validation."""
+    eval_first: bool = False
+    """Also validate before the first step, which tells what a model knew that the run starts from."""
+    eval_by_path: bool = False
+    """Also report the loss on each of ``data.paths`` alone, ``loss_on/NAME``, over as many validation samples."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from megapre.config.lengths import window
 from megapre.config.schema import Config
 from megapre.data.blend import round_weights
 from megapre.data.indexed import IndexedDataset
+from megapre.data.manifest import members
 from megapre.data.order import SampleOrder
 from megapre.data.pack import open_packs
 from megapre.data.samples import make_cache, no_sample, open_sets, sample_weights, split_tokens
@@ -68,6 +69,14 @@ def _check_lengths(config: Config, datasets: list[IndexedDataset]) -> None:
             found.append(hi - lo > length)
     if config.train.eval_samples > 0 and not any(found):
         raise no_sample(config, "valid")
+    if config.train.eval_by_path:
+        held_out = {dataset.prefix for dataset, has_one in zip(datasets, found) if has_one}
+        for path in data.paths:
+            if held_out.isdisjoint(members(path)):
+                raise ValueError(
+                    f"train.eval_by_path finds no sample of {length + 1} tokens in the validation split of {path}: "
+                    f"change data.split = {data.split} or set it to false."
+                )
 
 
 def _record(dataset: IndexedDataset) -> TokenizerRecord | None:

@@ -8,6 +8,7 @@ skipped. So the samples of a step depend on nothing but k, the skipped batches a
 from __future__ import annotations
 
 import queue
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -222,6 +223,23 @@ def validation(config: Config, *, vocab_size: int, data_rank: int, data_size: in
     for first in range(data_rank * micro, len(numbers), data_size * micro):
         mine.append(_collate([_validation_sample(samples, number) for number in numbers[first : first + micro]]))
     return mine
+
+
+def held_out(config: Config, *, vocab_size: int, data_rank: int, data_size: int) -> dict[str, list[Microbatch]]:
+    """What is validated on, by the name of the loss: ``loss`` on all paths as they are blended, and with
+    ``train.eval_by_path`` ``loss_on/NAME`` on each path alone, whatever its weight and its neighbours."""
+    sets = {"loss": config}
+    for name, path in zip(names_of(config.data.paths), config.data.paths) if config.train.eval_by_path else ():
+        alone = replace(config.data, paths=[path], weights=[], stages=[])
+        sets[f"loss_on/{name}"] = replace(config, data=alone)
+    place = {"vocab_size": vocab_size, "data_rank": data_rank, "data_size": data_size}
+    return {name: validation(one, **place) for name, one in sets.items()}
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+    """A name for each path: its last part without what the tools append, or all of it where two would be alike."""
+    short = [re.sub(r"(_text_(document|sentence)|\.manifest\.json)+$", "", path.rpartition("/")[2]) for path in paths]
+    return short if len(set(short)) == len(short) else list(paths)
 
 
 def _validation_sample(samples: Samples, number: int) -> Sample:

@@ -80,8 +80,9 @@ class Samples:
             if self._pairs or config.data.packing == "best-fit":
                 packs = open_packs(dataset, self.length, config.data.split, which, sentences=self._pairs > 0)
                 lo, hi, length = 0, packs.count, 1
-            # A source may be too small to validate on; it may not silently vanish from training.
-            if split != "train" and hi - lo < length + 1:
+            # A source may be too small to validate on, or rest in the first stage, whose shares validation has; it may
+            # not silently vanish from training.
+            if split != "train" and (hi - lo < length + 1 or not weights[0][number]):
                 continue
             stream = number * len(SPLITS) + which
             order = SampleOrder(config.data.seed, stream, lo, hi, length, f"{dataset.prefix} ({split})")

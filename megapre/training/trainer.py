@@ -89,7 +89,7 @@ class Trainer:
         config: Config,
         step: TrainStep,
         open_loader: Callable[[int, Sequence[int]], Loader],
-        validation: list[Microbatch],
+        held_out: dict[str, list[Microbatch]],
         monitor: Monitor,
         throughput: Throughput,
         stop_requested: Callable[[], bool],
@@ -98,9 +98,10 @@ class Trainer:
     ) -> None:
         """Start from the checkpoint's ``state``, or from step 0 where it is empty.
 
-        ``open_loader`` opens the batches from a step on, without those of the given numbers.
+        ``open_loader`` opens the batches from a step on, without those of the given numbers. ``held_out``: the
+        validation samples of each loss, by name.
         """
-        self.config, self.step, self.open_loader, self.validation = config, step, open_loader, validation
+        self.config, self.step, self.open_loader = config, step, open_loader
         self.monitor, self.throughput, self.stop_requested, self.guard = monitor, throughput, stop_requested, guard
         self.done = start = int(state.get("step", 0))
         self.skipped = skipped_batches(state, config.data.skip_batches)
@@ -115,13 +116,15 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.evaluated = -1
         self.steps = Steps(config)
-        self.held_out = self._count(validation)
+        self.held_out = {name: (samples, self._count(samples)) for name, samples in held_out.items() if samples}
 
     def run(self) -> int:
         """Train; returns the exit code."""
         config = self.config
         if config.checkpoint.async_save and (config.checkpoint.interval or config.checkpoint.minutes):
             self.saver.prepare(self.step.pieces(share=True), config.checkpoint.host_memory)
+        if config.train.eval_first and not self.done:
+            self.evaluate()
         ahead = self._ahead() if self.done < config.train.steps else None
         late: Late | None = None
         code = DONE
@@ -166,14 +169,19 @@ class Trainer:
         return code
 
     def evaluate(self) -> None:
-        """Report the validation loss of the current weights."""
+        """Report the validation losses of the current weights."""
         self.evaluated = self.done
-        if not self.validation:
+        if not self.held_out:
             return
+        values: dict[str, float] = {}
         with self.throughput.pause():
-            values = {name: float(loss) for name, loss in self.step.held_out(self.validation, self.held_out).items()}
+            for name, samples in self.held_out.items():
+                found = self.step.held_out(*samples)
+                values |= {part: float(loss) for part, loss in found.items()} if name == "loss" else {}
+                values[name] = float(found["loss"])
         loss = values["loss"]
-        if self._due(self.config.train.eval_interval):  # not the extra one at the end of a run that may be prolonged
+        # Neither that before the first step nor the extra one at the end of a run that may be prolonged.
+        if self.done and self._due(self.config.train.eval_interval):
             self.plateau.observe(loss)
         perplexity = math.exp(min(values.get("loss/tokens", loss), 700))
         self.monitor.log(self.done, {**values, "perplexity": perplexity}, split="validation")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megapre.data.indexed import IndexedDataset
-from megapre.data.loader import Loader, Microbatch, StepBatch, validation
+from megapre.data.loader import Loader, Microbatch, StepBatch, held_out, validation
 from megapre.data.samples import Samples
 from tests.data.corpora import EOD, VOCAB, job, ramp, with_train, write_pair
 
@@ -259,6 +259,24 @@ def test_validation_is_one_set_for_every_data_parallel_size(tmp_path, pair):
             assert sorted(found) == list(range(13))
             reference = reference or found
             assert found == reference
+
+
+@pytest.mark.parametrize("stages", [[], [10**6]])
+def test_validation_by_path_reads_each_path_alone_whatever_the_others(tmp_path, stages):
+    paths = [ramp(tmp_path / "first_text_document", 2000), ramp(tmp_path / "second_text_document", 3000)]
+    split, weights = [0.5, 0.5, 0.0], [0.3, 0.7] if not stages else [0.0, 1.0, 0.5, 0.5]
+    place = dict(vocab_size=3000, data_rank=0, data_size=1)
+    config = with_train(job(paths, split=split, weights=weights, stages=stages), eval_samples=10, eval_by_path=True)
+    sets = held_out(config, **place)
+    assert list(sets) == ["loss", "loss_on/first", "loss_on/second"]
+    for name, path, low, high in (("first", paths[0], 1000, 2000), ("second", paths[1], 1500, 3000)):
+        alone = validation(with_train(job([path], split=split), eval_samples=10), **place)
+        assert all(same_microbatch(a, b) for a, b in zip(sets[f"loss_on/{name}"], alone, strict=True))
+        read = torch.cat([m.tokens.flatten() for m in alone])
+        assert low <= int(read.min()) and int(read.max()) < high
+    # a path that rests in the first stage has no part in the whole
+    assert bool((torch.cat([m.tokens[0] for m in sets["loss"]]) < 1500).any()) != bool(stages)
+    assert list(held_out(with_train(config, eval_by_path=False), **place)) == ["loss"]
 
 
 def test_a_small_validation_split_is_used_once(tmp_path):

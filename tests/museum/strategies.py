@@ -1,9 +1,10 @@
-"""Seeded bugs of training strategies: growth of a smaller model."""
+"""Seeded bugs of training strategies: growth of a smaller model, a share of the data, what is forgotten."""
 
 from __future__ import annotations
 
 from tests.museum.mutant import Mutant
 
+LOADER = "tests/data/test_loader.py"
 GROW = "tests/models/test_grow.py::test_outputs_stay"
 
 STRATEGY_MUTANTS = (
@@ -46,5 +47,21 @@ STRATEGY_MUTANTS = (
         "drawn",
         f"{GROW}[bert width-0.3]",
         "noise against equal copies that changes the outputs",
+    ),
+    Mutant(
+        "fraction-of-validation-too",
+        "megapre/data/samples.py",
+        "documents[0] = first, first + math.ceil((last - first) * data.fraction)",
+        "documents = [(a, a + math.ceil((b - a) * data.fraction)) for a, b in documents]",
+        f"{LOADER}::test_a_fraction_is_whole_documents_each_once_an_epoch_and_leaves_validation_alone",
+        "losses of fractions that are told on different text",
+    ),
+    Mutant(
+        "loss-on-a-path-is-that-of-all",
+        "megapre/data/loader.py",
+        "replace(config.data, paths=[path], weights=[], stages=[])",
+        "replace(config.data)",
+        f"{LOADER}::test_validation_by_path_reads_each_path_alone_whatever_the_others",
+        "new text that is learnt hides old text that is forgotten",
     ),
 )
