@@ -19,8 +19,8 @@ STATE = (
     Mutant(
         "import-forgets-to-transpose-a-square",
         "megapre/hub/load.py",
-        "return (found.T if link.transposed else found).reshape(-1)",
-        "return (found.T if link.transposed and size[0] != size[1] else found).reshape(-1)",
+        ".reshape(size)\n        return (found.T if link.transposed else found).reshape(-1)",
+        ".reshape(size)\n        return (found.T if link.transposed and size[0] != size[1] else found).reshape(-1)",
         f"{HUB}[gpt2-1x1x1]",
         "a square matrix of GPT-2's Conv1D looks right either way",
     ),
