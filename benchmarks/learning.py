@@ -19,6 +19,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -88,6 +89,7 @@ def measure(name: str, folder: Path) -> dict:
     changes = [f"data.paths={json.dumps(paths)}", f"data.tokenizer_model={folder / 'tokenizer.json'}",
                f"train.run_dir={run}", "checkpoint.resume=false"]  # fmt: skip
     config = check(load(ROOT / job, changes))
+    shutil.rmtree(run, ignore_errors=True)  # an earlier run of more steps has the newer checkpoint
     wall, cpu = timed([sys.executable, "-m", "megapre", "train", job, *changes])
     return {"layout": layout(config), "steps": config.train.steps, "wall": wall, "cpu": cpu, "losses": held_out(run)}
 
