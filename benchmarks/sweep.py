@@ -41,6 +41,12 @@ from megapre.config.load import load  # noqa: E402
 Result = dict[str, Any]
 COLUMNS = ("status", "ranks", "tokens_per_s", "step_ms", "mfu", "memory_gib", "loss", "reason")
 OVERRIDE = re.compile(r"[a-z_]+\.[a-z_0-9]+=.+")
+SHORT = (
+    "schedule.kind=constant", "schedule.warmup=0", "train.batch_ramp=[]", "train.sequence_ramp=[]",
+    "train.eval_samples=0", "train.eval_interval=0", "checkpoint.interval=0", "checkpoint.minutes=0.0",
+    "monitor.interval=1", "monitor.tensorboard=false", "monitor.wandb=",
+)  # fmt: skip
+"""What makes a job a short run at full size: no warm-up, ramp, validation or checkpoint on the way."""
 LEAST_STEPS = 2
 """Steps that must be left after the warm-up."""
 
@@ -112,8 +118,7 @@ def name(settings: Sequence[str]) -> str:
 def trial(job: Path, overrides: list[str], folder: Path, steps: int, timeout: float) -> Result:
     """Run one combination; what came of it."""
     run_dir = folder / "run"
-    overrides = [*overrides, f"train.steps={steps}", f"train.run_dir={run_dir}", "train.eval_samples=0",
-                 "monitor.interval=1", "checkpoint.interval=0"]  # fmt: skip
+    overrides = [*overrides, *SHORT, f"train.steps={steps}", f"train.run_dir={run_dir}"]
     try:
         config = check(load(job, overrides))
     except ConfigError as error:

@@ -13,9 +13,9 @@ WIDTH, LEFT, LANE, TOP = 1000, 170, 26, 44
 
 
 def draw(seen: dict[str, Any]) -> str:
-    """The longest timed step of a profile (``phases_N.json``)."""
+    """The timed step of median length of a profile (``phases_N.json``)."""
     turns = seen["turns"]
-    step = max(range(len(turns) - 1), key=lambda n: turns[n + 1] - turns[n])
+    step = sorted(range(len(turns) - 1), key=lambda n: turns[n + 1] - turns[n])[(len(turns) - 1) // 2]
     begin, end = turns[step], turns[step + 1]
     scale = (WIDTH - LEFT - 10) / (end - begin)
     names = list(dict.fromkeys(m[0] for m in seen["messages"] if m[3] > begin and m[2] < end and m[1] > 4096))

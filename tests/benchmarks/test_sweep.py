@@ -18,6 +18,8 @@ sequence = 16
 vocab_size = 67
 [data]
 paths = ["{data}"]
+[schedule]
+warmup = 50
 [train]
 global_batch = 4
 microbatch = 2
