@@ -211,10 +211,11 @@ def _refuse(small: ModelConfig, large: ModelConfig, depth: str) -> None:
                 f"model.{name} = {after} is no multiple of the smaller model's {before}: a norm stays the same only "
                 f"where all features have equally many copies."
             )
-    if small.positions in ("sinusoidal", "transformer_xl") and small.n_embedding != large.n_embedding:
+    width = {"sinusoidal": "n_embedding", "transformer_xl": "hidden"}.get(small.positions, "")
+    if width and getattr(small, width) != getattr(large, width):
         raise ValueError(
-            f"model.positions = {small.positions!r} are other sinusoids at a width of {large.n_embedding} than of "
-            f"{small.n_embedding}: only depth, heads and MLPs can grow."
+            f"model.positions = {small.positions!r} are other sinusoids at a width of {getattr(large, width)} than of "
+            f"{getattr(small, width)}: only depth, heads and MLPs can grow."
         )
     if small.positions == "alibi" and small.heads != large.heads:
         raise ValueError(

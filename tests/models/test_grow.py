@@ -60,7 +60,8 @@ CASES: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     ),
     "two streams": (replace(BASE, architecture="two_stream", norm_placement="post"), dict(**WIDE, output_scale=0.5)),
     "xlnet": (
-        replace(BASE, architecture="two_stream", norm_placement="post", positions="transformer_xl", output_bias=True),
+        replace(BASE, architecture="two_stream", norm_placement="post", positions="transformer_xl", output_bias=True,
+                token_types=2),
         dict(heads=3, head_size=4, ffn_hidden=50),
     ),
     "palm": (replace(LLAMA, parallel_block=True, norm="layernorm"), dict(hidden=16, heads=8, kv_heads=4, layers=3)),
@@ -168,6 +169,7 @@ def test_noise_tells_copies_apart_and_is_a_function_of_its_seed() -> None:
         (replace(BERT, share_layers=True), dict(layers=3), r"model\.share_layers"),
         (replace(BASE, positions="alibi"), WIDE, r"model\.positions = 'alibi'.*model\.heads"),
         (replace(BASE, positions="sinusoidal"), WIDE, r"model\.positions = 'sinusoidal'"),
+        (replace(BERT, embedding_size=4, positions="transformer_xl"), WIDE, r"'transformer_xl'.* of 16 than of 8"),
         (
             replace(LLAMA, heads=8, head_size=2), dict(heads=9, kv_heads=3),
             r"model\.heads = 9 over model\.kv_heads = 3 has no place for each of the 8 heads over 2",
@@ -176,7 +178,7 @@ def test_noise_tells_copies_apart_and_is_a_function_of_its_seed() -> None:
         (replace(BASE, experts=4, moe_dense_first=1, bias=False), dict(layers=4), r"model\.moe_dense_first"),
         (BASE, dict(embedding_size=16, tied_embeddings=False), r"model\.embedding_size = 0, here 16"),
     ],
-    ids=range(14),
+    ids=range(15),
 )  # fmt: skip
 def test_what_cannot_grow_is_refused_by_name(small: ModelConfig, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
