@@ -15,6 +15,7 @@ from tests.museum.kernels import KERNELS
 from tests.museum.objectives import OBJECTIVE_MUTANTS
 from tests.museum.parallel import PARALLEL
 from tests.museum.proof import PROOF
+from tests.museum.relative import RELATIVE_MUTANTS
 from tests.museum.state import STATE
 from tests.museum.strategies import STRATEGY_MUTANTS
 from tests.museum.training import TRAINING
@@ -22,8 +23,8 @@ from tests.museum.triton import TRITON_MUTANTS
 
 OF_KERNELS = (*KERNELS, *TRITON_MUTANTS)
 ALL = (
-    *PARALLEL, *TRAINING, *PROOF, *BLOCK_MUTANTS, *ARCHITECTURE_MUTANTS, *EXPERT_MUTANTS, *OBJECTIVE_MUTANTS, *DATA,
-    *STATE, *STRATEGY_MUTANTS, *HUB_MUTANTS, *OF_KERNELS,
+    *PARALLEL, *TRAINING, *PROOF, *BLOCK_MUTANTS, *ARCHITECTURE_MUTANTS, *RELATIVE_MUTANTS, *EXPERT_MUTANTS,
+    *OBJECTIVE_MUTANTS, *DATA, *STATE, *STRATEGY_MUTANTS, *HUB_MUTANTS, *OF_KERNELS,
 )  # fmt: skip
 """Those of ``QUICK`` run in `make test`, all of them in the nightly lane."""
 
