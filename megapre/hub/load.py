@@ -66,10 +66,10 @@ class Import:
         offset, size = (box.offset[::-1], box.size[::-1]) if link.transposed else (box.offset, box.size)
         if link.heads:
             found = self._read_heads(link, whole[-1], offset, size)
-            return (found.T if link.transposed else found).reshape(-1)
-        lead = len(base) - len(offset)
-        offset = base[:lead] + tuple(b + o for b, o in zip(base[lead:], offset))
-        found = self.folder.read(self.names[link.theirs], offset, (1,) * lead + size).reshape(size)
+        else:
+            lead = len(base) - len(offset)
+            offset = base[:lead] + tuple(b + o for b, o in zip(base[lead:], offset))
+            found = self.folder.read(self.names[link.theirs], offset, (1,) * lead + size).reshape(size)
         return (found.T if link.transposed else found).reshape(-1)
 
     def _read_heads(self, link: Link, width: int, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
