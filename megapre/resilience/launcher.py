@@ -90,13 +90,13 @@ def launch(
     if stop and stop.requested():
         board.stop.value = signal.Signals[stop.reason]
     try:
-        _start_fork_server(preload)
+        server = _start_fork_server(preload)
         peers = _listen(node_rank, nnodes, address, port, secret, heartbeat) if nnodes > 1 and secret else None
         outputs = Outputs(folder, local_world, log / f"node_{node_rank}.log" if log else None)
         outputs.start()
         watch = Watch(
             board, node_rank * local_world,
-            heartbeat=heartbeat, starting=timeout, log=log, peers=peers, outputs=outputs,
+            server=server, heartbeat=heartbeat, starting=timeout, log=log, peers=peers, outputs=outputs,
         )  # fmt: skip
         watch.start()
         try:
@@ -153,8 +153,11 @@ def _take_signals(board: worker.Board) -> dict[int, Any]:
     return {number: signal.signal(number, forward) for number in STOP_SIGNALS}
 
 
-def _start_fork_server(preload: Sequence[str]) -> None:
-    """Start it, and multiprocessing's tracker, with the stop signals blocked; what arrives is delivered afterwards."""
+def _start_fork_server(preload: Sequence[str]) -> int:
+    """Start it, and multiprocessing's tracker, with the stop signals blocked; what arrives is delivered afterwards.
+
+    Returns its process id.
+    """
     multiprocessing.set_forkserver_preload([*PRELOAD, *preload])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -165,6 +168,7 @@ def _start_fork_server(preload: Sequence[str]) -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before - set(STOP_SIGNALS))
+    return int(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
 
 
 def _supervise(
@@ -181,8 +185,6 @@ def _supervise(
     """Run the elastic agent in this thread until the ranks are done or have failed too often."""
     # The end of a launch over nodes closes node 0's store under the other agents, which log a C++ stack each.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # `Watch` ends the survivors of a failure sooner, unless it was of a rank that had not made itself known yet.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
     # Here, not above: it takes seconds, which the fork server spends importing the same in parallel.
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -18,6 +18,8 @@ from megapre.resilience.worker import Board
 
 GRACE = 3.0
 """Seconds between the end of one rank and SIGKILL for the others."""
+PATIENCE = 2.0
+"""Seconds between two births of ranks, at most."""
 POLL = 0.2
 
 
@@ -34,16 +36,23 @@ class Watch(threading.Thread):
         board: Board,
         first_rank: int,
         *,
+        server: int = 0,
         heartbeat: float = 0.0,
         starting: float = 600.0,
         log: Path | None = None,
         peers: Peers | None = None,
         outputs: Outputs | None = None,
     ) -> None:
-        """``heartbeat`` is the least silence in seconds that makes a rank suspect, 0 for none; ``log`` a folder."""
+        """``server`` is the process id of the fork server, whose children the ranks are; 0: unknown.
+
+        ``heartbeat`` is the least silence in seconds that makes a rank suspect, 0 for none; ``log`` a folder.
+        """
         super().__init__(name="rank-watch", daemon=True)
         self._board = board
         self._first_rank = first_rank
+        self._server = server
+        self._born: set[int] = set()
+        self._since = time.monotonic()
         self._heartbeat, self._starting, self._log = heartbeat, starting, log
         self._peers, self._outputs = peers, outputs
         self._pulse = PulseFile(board.pulse)
@@ -59,10 +68,22 @@ class Watch(threading.Thread):
             working = [pid for pid, returned in zip(pids, self._board.returned) if pid and not returned]
             if any(not alive(pid) for pid in working) or (self._board.refused.value and working):
                 self._end_attempt(pids)
+            elif self._lost_early(pids):
+                self._end_attempt(pids, early=True)
             elif self._peers and working and (lost := self._peers.lost()):
                 self._cut_off(lost, working)
             elif self._heartbeat:
                 self._listen({slot: pid for slot, pid in enumerate(pids) if pid and not self._board.returned[slot]})
+
+    def _lost_early(self, pids: list[int]) -> bool:
+        """Whether a rank ended before it made itself known: its peers wait for it, and only the kernel can tell.
+
+        It is when the fork server has fewer children than there are ranks, the same ones for `PATIENCE` seconds.
+        """
+        now = children(self._server)
+        if now != self._born or not now or all(pids) or len(now) >= len(pids):
+            self._born, self._since = now, time.monotonic()
+        return time.monotonic() - self._since > PATIENCE
 
     def _listen(self, working: dict[int, int]) -> None:
         """End a rank that has hung, which ends the attempt: at most one look at the stacks every `heartbeat`."""
@@ -115,8 +136,9 @@ class Watch(threading.Thread):
             self._peers.finish()
         self._report([pid for pid in self._board.pids])
 
-    def _end_attempt(self, pids: list[int]) -> None:
-        deadline = time.monotonic() + GRACE
+    def _end_attempt(self, pids: list[int], early: bool = False) -> None:
+        nameless = children(self._server) - set(pids) if early else set()
+        deadline = time.monotonic() + (0 if early else GRACE)
         while time.monotonic() < deadline and any(pid and alive(pid) for pid in pids):
             if self._finished.wait(POLL / 2):
                 return
@@ -125,9 +147,11 @@ class Watch(threading.Thread):
                 send(pid, signal.SIGKILL)
                 pids[slot] = 0
                 self._board.pids[slot] = 0
-        self._report(pids)
+        for pid in nameless:
+            send(pid, signal.SIGKILL)
+        self._report(pids, early)
 
-    def _report(self, pids: list[int]) -> None:
+    def _report(self, pids: list[int], early: bool = False) -> None:
         """Print the oldest error once, under the lowest rank that shares it, and forget this attempt."""
         silent = []
         for slot, pid in enumerate(pids):
@@ -141,17 +165,31 @@ class Watch(threading.Thread):
         for rank in silent if not hung else ():
             self._event("killed", rank=rank)
             _say(f"megapre: rank {rank} was killed by a signal (the kernel sends one when memory runs out)\n")
+        if early and not silent and not hung:
+            self._event("killed", rank=None)
+            _say("megapre: a rank was killed by a signal as it started (the kernel sends one when memory runs out)\n")
         files = sorted(Path(self._board.folder).glob("rank_*.txt"), key=lambda path: path.stat().st_mtime_ns)
         texts = {int(path.stem.partition("_")[2]): path.read_text(encoding="utf-8") for path in files}
         for path in files:
             path.unlink()
         # After a kill, the other ranks only report that a peer is gone.
-        if texts and not silent and not hung:
+        if texts and not silent and not hung and not early:
             first = _last_line(next(iter(texts.values())))
             sharing = [rank for rank, text in texts.items() if _last_line(text) == first]
             text = texts[min(sharing)]
             self._event("failed", rank=min(sharing), ranks=sharing, error=first)
             _say(text if text.startswith("megapre: ") else f"megapre: rank {min(sharing)} failed\n{text}")
+
+
+def children(pid: int) -> set[int]:
+    """Processes whose parent a process is, those of all its threads."""
+    found: set[int] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found.update(map(int, path.read_text().split()))
+        except OSError:
+            continue  # the thread has ended meanwhile
+    return found
 
 
 def alive(pid: int) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from megapre.checkpoint import store
 from megapre.config.load import to_toml
 from megapre.config.schema import Config
+from megapre.resilience.watch import children
 from megapre.verify.cells import parse
 from megapre.verify.pool import RankPool
 from tests.training.jobs import corpus, job, losses, run, same
@@ -22,17 +23,6 @@ from tests.training.jobs import corpus, job, losses, run, same
 ROOT = Path(__file__).parents[2]
 FOREVER = 10**6
 SAVE_EVERY = 4
-
-
-def children(pid: int) -> list[int]:
-    """Processes whose parent a process is, those of all its threads."""
-    found: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found += map(int, path.read_text().split())
-        except OSError:
-            continue  # the thread has ended meanwhile
-    return found
 
 
 def ended(pid: int) -> bool:

@@ -115,6 +115,23 @@ def test_kill_9_restarts_every_rank_and_then_a_stop_saves(start: Start) -> None:
     assert "saved after SIGTERM" in job.text()
 
 
+def test_a_rank_that_dies_before_it_is_known_does_not_leave_the_others_waiting(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent alone would wait for 30 s: its SIGTERM means nothing to a rank that waits for its peers."""
+    monkeypatch.setenv("DIE_EARLY", str(tmp_path / "died"))
+    job = start(3, "loop")
+    job.until((tmp_path / "died").exists)
+    before = time.monotonic()
+    job.until(lambda: len(job.pids()) == 3)
+    assert time.monotonic() - before < 20, job.text()
+    job.process.send_signal(signal.SIGTERM)
+    assert job.code() == 75, job.text()
+    text = job.text()
+    assert text.count("was killed by a signal as it started") == 1 and "restart 1 of 2" in text, text
+    assert "Traceback" not in text and text.count("restart") == 1, text
+
+
 @pytest.mark.nightly
 def test_a_survivor_that_does_not_notice_is_ended_within_the_grace(start: Start) -> None:
     job = start(2, "deaf")
