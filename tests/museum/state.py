@@ -218,6 +218,14 @@ STATE = (
         "NCCL #596: a collective returns wrong data",
     ),
     Mutant(
+        "rank-lost-before-it-is-known",
+        "megapre/resilience/watch.py",
+        "            elif self._lost_early(pids):",
+        "            elif False:",
+        "tests/resilience/test_launcher.py::test_a_rank_that_dies_before_it_is_known_does_not_leave_the_others_waiting",
+        "found by the counted kills: torch's agent waits 30 s for ranks that wait for the dead one",
+    ),
+    Mutant(
         "tracker-dies-of-the-scheduler",
         "megapre/resilience/launcher.py",
         "        # It inherits the mask too, and would die of a scheduler's SIGUSR1, which it does not ignore.\n",
