@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megapre.checkpoint import store
 from megapre.checkpoint.grow import write_grown
-from megapre.config.check import check
+from megapre.config.check import ConfigError, check
 from megapre.config.load import from_dict, load, to_toml
+from megapre.config.rules_objectives import ARCHITECTURES
 from megapre.config.schema import Config
 from megapre.hub.export import DTYPES, export
 from megapre.hub.families import FAMILIES
@@ -83,10 +84,22 @@ def write_job(folder: Path, job: Path, base: Path | None) -> str:
         config = replace(config, data=replace(config.data, tokenizer_model=tokenizer))
     if job.exists():
         raise ValueError(f"{job} exists: choose another --job.")
+    config = config if base else _with_objective(config)
     check(config)
     job.write_text(to_toml(config))
     count = len(source.folder.shapes)
     return f"{job}: {source.family.architecture}, {count} tensors; set [data] and [train], then megapre train {job}"
+
+
+def _with_objective(config: Config) -> Config:
+    """The job with the first objective that its model can learn; as it is where there is none."""
+    for objective in ARCHITECTURES.get(config.model.architecture, ()):
+        fitting = replace(config, data=replace(config.data, objective=objective))
+        try:
+            return check(fitting)
+        except ConfigError:
+            continue
+    return config
 
 
 def grow(checkpoint: Path, folder: Path, config: Config, depth: str, noise: float, seed: int) -> str:

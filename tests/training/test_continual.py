@@ -50,10 +50,9 @@ def test_a_bert_goes_on_and_tells_the_loss_on_each_text(
         max_position_embeddings=LENGTH, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     transformers.BertModel(shape).save_pretrained(tmp_path / "hf")
-    (tmp_path / "base.toml").write_text('[data]\nobjective = "masked"\n')
-    asked = ["--job", str(tmp_path / "job.toml"), "--base", str(tmp_path / "base.toml")]
-    assert convert(["import", str(tmp_path / "hf"), *asked]) == 0
+    assert convert(["import", str(tmp_path / "hf"), "--job", str(tmp_path / "job.toml")]) == 0
     imported = load(str(tmp_path / "job.toml"), [])
+    assert imported.data.objective == "masked"
     old, new = corpus(tmp_path / "general_text_document"), other_text(tmp_path / "manual_text_document")
 
     def continued(layout: str, name: str, paths: list[str], weights: list[float], steps: int) -> Config:
