@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+LIMIT = 1200
+"""Seconds that a start or a step may take, compilation included."""
 RESET = "reset"
 """A token that also begins the count of peak memory anew: start-up and compilation are over."""
 
@@ -160,6 +163,8 @@ class Arm:
     def _receive(self) -> list[dict[str, Any]]:
         found = []
         for rank, (_, answer) in enumerate(self._pipes):
+            if not select.select([answer], [], [], LIMIT)[0]:
+                raise Absent(f"took more than {LIMIT} s")
             line = answer.readline()
             if not line:
                 raise Absent(self._ended(rank))
