@@ -43,7 +43,7 @@ WARMUP, PROBE, SLOWER = 2, 3, 1.2
 """Rounds not counted (compilation); counted rounds after which peers so many times as slow as the best one stop."""
 QUICK = (
     "model.layers=2", "model.hidden=32", "model.heads=2", "model.sequence=32", "model.vocab_size=211",
-    "train.global_batch=4", "train.microbatch=2",
+    "train.global_batch=4", "train.microbatch=2", "optimizer.lr=1e-2",
 )  # fmt: skip
 QUICK_LLAMA = ("model.kv_heads=1", "model.ffn_hidden=64")
 
