@@ -125,7 +125,8 @@ def start(
     arms: dict[str, Arm] = {}
     for name, command in commands.items():
         try:
-            enough(job.memory_needed(config) * cell.ranks)
+            if not torch.cuda.is_available():
+                enough(job.memory_needed(config))
             arms[name] = Arm(name, list(map(str, command)), env, work / name, cell.ranks, port())
         except Absent as why:
             cell.absent[name] = str(why)
