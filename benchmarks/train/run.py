@@ -126,7 +126,7 @@ def start(
     for name, command in commands.items():
         try:
             if not torch.cuda.is_available():
-                enough(job.memory_needed(config))
+                enough(job.memory_needed(config) * cell.ranks)
             arms[name] = Arm(name, list(map(str, command)), env, work / name, cell.ranks, port())
         except Absent as why:
             cell.absent[name] = str(why)
