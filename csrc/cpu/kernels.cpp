@@ -399,6 +399,26 @@ static double square_sum(const void* x_, int64_t begin, int64_t end) {
   return total;
 }
 
+template <class T>
+static void row_dots(const void* x_, const void* y_, float* sums, int64_t count, int64_t apart, int64_t width) {
+  for (int64_t row = 0; row < count; row++) {
+    const T *x = (const T*)x_ + row * width, *y = (const T*)y_ + row * width;
+    sums[row * apart] = sum(accumulate(width, [&](int64_t i, int64_t n) INLINED {
+      return read(x + i, n) * read(y + i, n);
+    }));
+  }
+}
+
+template <class T>
+static void group_sums(const float* x, void* y, int64_t groups, int64_t each, int64_t width) {
+  for (int64_t g = 0; g < groups; g++)
+    sweep(width, [&](int64_t i, int64_t n) INLINED {
+      Floats total = read(x + g * each * width + i, n);
+      for (int64_t k = 1; k < each; k++) total += read(x + (g * each + k) * width + i, n);
+      write((T*)y + g * width + i, total, n);
+    });
+}
+
 const Kernels kernels = {
     {norm_forward<float, true>, norm_forward<bf16, true>},
     {norm_forward<float, false>, norm_forward<bf16, false>},
@@ -419,6 +439,8 @@ const Kernels kernels = {
     {accumulate_into<float>, accumulate_into<bf16>},
     {accumulate_turned<float>, accumulate_turned<bf16>},
     {square_sum<float>, square_sum<bf16>},
+    {row_dots<float>, row_dots<bf16>},
+    {group_sums<float>, group_sums<bf16>},
 };
 
 }  // namespace MEGAPRE_VARIANT

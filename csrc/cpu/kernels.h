@@ -56,6 +56,10 @@ struct Kernels {
   void (*accumulate[2])(float* to, const void* x, int64_t begin, int64_t end);
   void (*accumulate_turned[2])(float* to, const void* x, int64_t rows, int64_t width, int64_t begin, int64_t end);
   double (*square_sum[2])(const void* x, int64_t begin, int64_t end);
+  // sums[i * apart] of x_i y_i, for `count` neighbouring rows of `width`.
+  void (*row_dots[2])(const void* x, const void* y, float* sums, int64_t count, int64_t apart, int64_t width);
+  // y [groups, width] of x [groups, each, width], summed over the middle; the index is y's type.
+  void (*group_sums[2])(const float* x, void* y, int64_t groups, int64_t each, int64_t width);
 };
 
 struct Random {

@@ -154,6 +154,35 @@ std::tuple<Tensor, Tensor> attention_forward(
   return {out, lse};
 }
 
+// x [t, batch, heads, width] in fp32, summed over the query heads of each of `groups` key heads.
+Tensor over_group(const Tensor& x, int64_t groups, const at::TensorOptions& options) {
+  const int64_t each = x.size(2) / groups, width = x.size(3);
+  Tensor y = at::empty({x.size(0), x.size(1), groups, width}, options);
+  const auto function = variant().kernels->group_sums[type_of(y)];
+  at::parallel_for(0, x.size(0) * x.size(1), grain(x.size(2) * width), [&](int64_t begin, int64_t end) {
+    char* to = (char*)y.mutable_data_ptr() + begin * groups * width * y.element_size();
+    function(x.const_data_ptr<float>() + begin * x.size(2) * width, to, (end - begin) * groups, each, width);
+  });
+  return y;
+}
+
+Tensor attention_delta(const Tensor& grad, const Tensor& out) {
+  TORCH_CHECK_VALUE(grad.dim() == 4 && grad.sizes() == out.sizes() && grad.scalar_type() == out.scalar_type() &&
+                        grad.is_contiguous() && out.is_contiguous(),
+                    "delta: grad must be like out, contiguous ", out.sizes(), ", got ", grad.sizes());
+  const int64_t s = out.size(0), batch = out.size(1), heads = out.size(2), row = heads * out.size(3);
+  Tensor delta = at::empty({batch, heads, s}, out.options().dtype(at::kFloat));
+  const auto function = variant().kernels->row_dots[type_of(out)];
+  const char *x = (const char*)grad.const_data_ptr(), *y = (const char*)out.const_data_ptr();
+  at::parallel_for(0, s * batch, grain(row), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      float* to = delta.mutable_data_ptr<float>() + i % batch * heads * s + i / batch;
+      function(x + i * row * out.element_size(), y + i * row * out.element_size(), to, heads, s, out.size(3));
+    }
+  });
+  return delta;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse_, const Tensor& delta_,
     const Maybe& limit, const Maybe& order, const Maybe& asking, const Maybe& asked, const Maybe& bias,
@@ -189,11 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
                              bias ? dbias.mutable_data_ptr<float>() + task * p.span : nullptr, b, head, scratch);
     });
   }
-  if (group > 1) {
-    const auto type = options.dtype().toScalarType();
-    dk = dk.view({p.t, p.batch, p.groups, group, p.width}).sum(3).to(type);
-    dv = dv.view({p.t, p.batch, p.groups, group, p.width}).sum(3).to(type);
-  }
+  if (group > 1) dk = over_group(dk, p.groups, options), dv = over_group(dv, p.groups, options);
   if (bias) dbias = dbias.sum(0).narrow(1, BIAS_MARGIN, p.s + p.t - 1).flip({1}).contiguous();
   return {dq, dk, dv, dbias};
 }
@@ -221,12 +246,14 @@ TORCH_LIBRARY_FRAGMENT(megapre, m) {
   m.def("attention_forward(Tensor q, Tensor k, Tensor v, " MASK " -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, " MASK
         " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("attention_delta(Tensor grad, Tensor out) -> Tensor");
   m.def("attention_variant", &attention_variant);
 }
 
 TORCH_LIBRARY_IMPL(megapre, CPU, m) {
   m.impl("attention_forward", &attention_forward);
   m.impl("attention_backward", &attention_backward);
+  m.impl("attention_delta", &attention_delta);
 }
 
 }  // namespace megapre

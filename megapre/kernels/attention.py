@@ -71,6 +71,8 @@ class Version:
     """(do, q, k, v, lse, delta, problem) -> gradients of q, k, v and bias."""
     refuses: Callable[[Tensor, Tensor], str] = lambda q, k: ""
     """Why it cannot do q and k of these shapes and types, or ""."""
+    delta_: Callable[[Tensor, Tensor], Tensor] = lambda do, out: delta_of(do, out)
+    """``delta_of`` in this version's own way."""
 
     def lacks(self, q: Tensor, k: Tensor, problem: Problem, halves: bool = False) -> str:
         """Why this version cannot do a call, or ""."""
@@ -116,7 +118,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):  # type: ignore[no-untyped-def]
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv, dbias = ctx.version.backward_(do, q, k, v, lse, delta_of(do, out), ctx.problem)
+        dq, dk, dv, dbias = ctx.version.backward_(do, q, k, v, lse, ctx.version.delta_(do, out), ctx.problem)
         return dq, dk, dv, dbias, None, None
 
 
@@ -380,6 +382,12 @@ def _cpp_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delt
     return dq, dk, dv, None if p.bias is None else dbias.to(p.bias.dtype)
 
 
+def _cpp_delta(do: Tensor, out: Tensor) -> Tensor:
+    if do.dtype != out.dtype or not do.is_contiguous():
+        return delta_of(do, out)
+    return torch.ops.megapre.attention_delta(do, out)
+
+
 def _cpp_refuses(q: Tensor, k: Tensor) -> str:
     if native.load():
         return native.load()
@@ -388,4 +396,4 @@ def _cpp_refuses(q: Tensor, k: Tensor) -> str:
     return "" if q.shape[3] <= 256 else f"C++ attention handles heads of up to 256, not {q.shape[3]}"
 
 
-attention_cpp = Version("cpp", FEATURES["cpp"], None, _cpp, _cpp_backward, _cpp_refuses)
+attention_cpp = Version("cpp", FEATURES["cpp"], None, _cpp, _cpp_backward, _cpp_refuses, _cpp_delta)

@@ -114,6 +114,11 @@ def _attention_backward(
     return (*(x.new_empty(x.shape, dtype=dtype) for x in (q, k, v)), dbias)
 
 
+def _attention_delta(grad: Tensor, out: Tensor) -> Tensor:
+    s, b, heads, _ = out.shape
+    return out.new_empty((b, heads, s), dtype=torch.float32)
+
+
 def _top_k(scores: Tensor, k: int) -> Tensor:
     return scores.new_empty((scores.shape[0], k), dtype=torch.int64)
 
@@ -161,6 +166,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "add_product_": _fill,
     "attention_forward": _attention_forward,
     "attention_backward": _attention_backward,
+    "attention_delta": _attention_delta,
     "moe_top_k": _top_k,
     "moe_combine": _combine,
     "moe_spread": _spread,

@@ -63,6 +63,7 @@ def cases():
         **tiles(targets),
         "attention_forward": (q, k, k, *asked),
         "attention_backward": (q, q, k, k, torch.rand(2, 4, 5), torch.rand(2, 4, 5), *asked),
+        "attention_delta": (q, q),
     }, ops
 
 
