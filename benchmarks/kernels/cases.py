@@ -14,7 +14,7 @@ from benchmarks.kernels import cases_moe
 from benchmarks.kernels.setting import BF16, EPS, EXACT, Case, Setting, copy, differentiable, on_cpu, zero
 from megapre.config.schema import KernelsConfig
 from megapre.kernels import registry, rope
-from megapre.kernels.mask import CAUSAL
+from megapre.kernels.mask import CAUSAL, FULL
 
 
 def rms_norm(on: Setting) -> Case:
@@ -195,6 +195,25 @@ def attention_1024_fp32(on: Setting) -> Case:
     return _attention(on, "attention_1024_fp32", 1024, 4, torch.float32)
 
 
+def relative_attention(on: Setting) -> Case:
+    """XLNet's attention in full against a matrix of all queries by all distances, shifted, as libraries have it."""
+    length, heads, d = 512, 4, 64
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, asking: Tensor, keys: Tensor) -> Tensor:
+        q, k, v, asking = (x.permute(1, 2, 0, 3) for x in (q, k, v, asking))
+        along = asking @ F.pad(keys.permute(1, 2, 0), (1, 0))
+        along = along.reshape(*along.shape[:2], 2 * length, length)[:, :, 1:].reshape(*along.shape[:3], -1)
+        weights = ((q @ k.transpose(2, 3) + along[..., :length]) / d**0.5).softmax(-1)
+        return (weights @ v).permute(2, 0, 1, 3)
+
+    inputs = [on.draw(length, 2, heads, d, seed=i, dtype=torch.float32) for i in range(4)]
+    inputs.append(on.draw(2 * length - 1, heads, d, seed=4, dtype=torch.float32))
+    return differentiable(
+        on, "relative_attention", f"[{length}, 2, {heads}, {d}] fp32", inputs,
+        lambda kernels, *x: kernels.relative_attention(*x, mask=FULL), eager,
+    )  # fmt: skip
+
+
 HEAD = (8192, 512, 50304)
 """Rows, width and vocabulary of linear + cross-entropy."""
 
@@ -316,6 +335,7 @@ CASES: dict[str, Callable[[Setting], Case]] = {
     for case in (
         rms_norm, layer_norm, add_rms_norm, rope_half, rope_interleaved, swiglu, geglu, bias_gelu,
         bias_dropout_residual, attention_256, attention_1024, attention_4096, attention_grouped, attention_1024_fp32,
+        relative_attention,
         cases_moe.experts_many, cases_moe.experts_some, cases_moe.experts_few, cases_moe.permute_unpermute,
         cases_moe.top_k, cross_entropy, linear_cross_entropy, linear_cross_entropy_narrow, adamw, square_sum,
     )
