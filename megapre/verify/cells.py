@@ -176,6 +176,8 @@ def scaled_down(config: Config) -> tuple[Config, int]:
         )  # fmt: skip
     sizes: dict[str, Any] = {"head_size": 10, "window": 5, "rope_original": 64, "embedding_size": 20}
     model = replace(model, **{name: size for name, size in sizes.items() if getattr(m, name)})
+    if m.generator_layers and m.tied_embeddings and not m.mlm_transform:  # the output layer reads the generator
+        model = replace(model, embedding_size=model.generator_hidden)
     if m.positions == "t5":
         model = replace(model, relative_buckets=8, relative_distance=12)
     if m.relative_clamp:
