@@ -66,8 +66,8 @@ def launch(
     rendezvous, for ``nnodes`` > 1. The fork server imports the modules ``preload`` for all ranks; none may
     start a thread or touch a GPU. A crash is restarted, on one host up to ``max_restarts`` times in a row from the
     same step (``Pulse.resumed``), over nodes so often in all, and gives 1 then. With a ``heartbeat``, in seconds, a
-    rank that hangs is ended as by a crash (`hang`); ``timeout`` bounds its start. Failures go to ``log/events.jsonl``,
-    what the ranks print to ``log/node_N.log`` too.
+    rank that hangs is ended as by a crash (`hang`); ``timeout`` bounds its start, and how long nodes wait for each
+    other. Failures go to ``log/events.jsonl``, what the ranks print to ``log/node_N.log`` too.
     With a ``secret`` as well, shared by all nodes, the nodes listen to each other (`peers`), and a cut link ends the
     attempt likewise.
     ``stop`` took the stop signals until now: one that it holds is passed on to the ranks.
@@ -100,7 +100,9 @@ def launch(
         )  # fmt: skip
         watch.start()
         try:
-            return _supervise(target, argv, board, local_world, nnodes, node_rank, address, port, max_restarts)
+            return _supervise(
+                target, argv, board, local_world, nnodes, node_rank, address, port, max_restarts, timeout
+            )
         finally:
             watch.finish()
             outputs.finish()
@@ -181,6 +183,7 @@ def _supervise(
     address: str,
     port: int,
     max_restarts: int,
+    timeout: float,
 ) -> int:
     """Run the elastic agent in this thread until the ranks are done or have failed too often."""
     # The end of a launch over nodes closes node 0's store under the other agents, which log a C++ stack each.
@@ -201,7 +204,7 @@ def _supervise(
         # A file needs no listening socket.
         endpoint, rendezvous = str(Path(board.folder, "rendezvous")), {"store_type": "file"}
     else:
-        endpoint, rendezvous = f"{address}:{port}", {"is_host": node_rank == 0}
+        endpoint, rendezvous = f"{address}:{port}", {"is_host": node_rank == 0, "join_timeout": int(timeout)}
         rendezvous_handler_registry.register(BACKEND, meeting)
     config = LaunchConfig(
         min_nodes=nnodes,

@@ -48,7 +48,8 @@ BACKEND = "megapre"
 def meeting(parameters: RendezvousParameters) -> RendezvousHandler:
     """torch's rendezvous of agents over a store of ours; its own ``c10d`` backend listens on every interface.
 
-    Options: ``is_host``, whether this agent serves the store. ValueError when the port is taken.
+    Options: ``is_host``, whether this agent serves the store; ``join_timeout``, the seconds that it waits for the other
+    agents. ValueError when the port is taken.
     """
     from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
@@ -61,7 +62,9 @@ def meeting(parameters: RendezvousParameters) -> RendezvousHandler:
             return BACKEND
 
     address, _, port = parameters.endpoint.rpartition(":")
-    store = _open(address.strip("[]"), int(port), parameters.max_nodes, bool(parameters.get_as_bool("is_host")), 60)
+    wait, serves = parameters.get_as_int("join_timeout") or 600, bool(parameters.get_as_bool("is_host"))
+    store = _open(address.strip("[]"), int(port), parameters.max_nodes, serves, wait)
+    store.set_timeout(timedelta(seconds=60))  # of a question, once all are there
     return create_handler(store, Backend(store, parameters.run_id), parameters)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,30 @@ def test_a_rank_that_dies_before_it_is_known_does_not_leave_the_others_waiting(
     text = job.text()
     assert text.count("was killed by a signal as it started") == 1 and "restart 1 of 2" in text, text
     assert "Traceback" not in text and text.count("restart") == 1, text
+
+
+def test_a_node_waits_for_node_0_as_long_as_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that copies its data first (`data.stage`) comes minutes later than the others."""
+    from torch.distributed.elastic.rendezvous.api import RendezvousParameters
+
+    from megapre.resilience import rendezvous
+
+    waits: list[float] = []
+
+    class Store:
+        def __init__(self, *place: object, timeout: timedelta, **options: object) -> None:
+            waits.append(timeout.total_seconds())
+
+        def set_timeout(self, timeout: timedelta) -> None:
+            waits.append(timeout.total_seconds())
+
+    monkeypatch.setattr("torch.distributed.TCPStore", Store)
+    monkeypatch.setattr("torch.distributed.elastic.rendezvous.dynamic_rendezvous.create_handler", lambda *told: told)
+    backend = "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend.C10dRendezvousBackend.__init__"
+    monkeypatch.setattr(backend, lambda self, store, run: None)
+    parameters = RendezvousParameters(rendezvous.BACKEND, "127.0.0.1:1", "run", 2, 2, is_host=False, join_timeout=345)
+    rendezvous.meeting(parameters)
+    assert waits == [345, 60]
 
 
 @pytest.mark.nightly
