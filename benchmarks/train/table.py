@@ -78,8 +78,7 @@ def judge(cell: Cell, ours: Arm, peers: list[Arm]) -> tuple[list[Arm], list[str]
 
 def rows(cell: Cell, ours: Arm, peers: list[Arm], ceiling: Arm | None) -> list[str]:
     """The table's lines."""
-    cpu = "rate_cpu", "cpu"
-    rate, clock = (cell.peak, "wall") if ceiling is None else (median(ceiling.counted(cpu[0])), cpu[1])
+    rate, clock = (cell.peak, "wall") if ceiling is None else (median(ceiling.counted("rate_cpu")), "cpu")
     made = list(HEAD)
     for arm in [ours, *peers]:
         wall = median(arm.counted("wall"))
@@ -91,8 +90,9 @@ def rows(cell: Cell, ours: Arm, peers: list[Arm], ceiling: Arm | None) -> list[s
         ]  # fmt: skip
         made.append(f"| {' | '.join([*cells, str(len(arm.counted('wall')))])} |")
     if ceiling is not None:
-        made += ["", f"Ceiling: {median(ceiling.counted('rate_cpu')) / 1e9:.0f} GFLOP a CPU-s, "
-                 f"{median(ceiling.counted('rate_wall')) / 1e9:.0f} GFLOP/s."]  # fmt: skip
+        cpu, wall, best = (median(ceiling.counted(key)) / 1e9 for key in ("rate_cpu", "rate_wall", "fastest"))
+        told = f"Ceiling, the blocks' products together: {cpu:.0f} GFLOP a CPU-s ({wall:.0f} GFLOP/s)"
+        made += ["", f"{told}; the fastest of them {best:.0f}."]
     if peers:
         made += ["", goals(cell, ours, peers, rate, clock)]
     return made
