@@ -241,7 +241,7 @@ def grouped(q: Tensor, k: Tensor) -> Tensor:
     return q.to(_type(q)).unflatten(2, (k.shape[2], -1)).permute(1, 2, 3, 0, 4)
 
 
-def _narrow(x: Tensor) -> Tensor:
+def narrow(x: Tensor) -> Tensor:
     """The inverse of ``grouped``."""
     return x.permute(3, 0, 1, 2, 4).flatten(2, 3)
 
@@ -286,22 +286,14 @@ def weighted(scores: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Problem) -> Hal
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
     kept = _kept(q, k, p)
-    out = _narrow((weights if kept is None else weights * kept) @ _wide(v))
+    out = narrow((weights if kept is None else weights * kept) @ _wide(v))
     return out if p.wide else out.to(q.dtype), lse.flatten(1, 2)
 
 
 def _reference_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, p: Problem
 ) -> Gradients:
-    lse, delta = (x.to(_type(q)).unflatten(1, (k.shape[2], -1)).unsqueeze(-1) for x in (lse, delta))
-    weights = torch.exp(scores_of(q, k, p) - lse.masked_fill(lse == -torch.inf, torch.inf))
-    do_ = grouped(do, k)
-    dweights, kept = do_ @ _wide(v).transpose(-1, -2), _kept(q, k, p)
-    dropped = weights if kept is None else weights * kept
-    dscores = weights * ((dweights if kept is None else dweights * kept) - delta)
-    dq = _narrow(dscores @ _wide(k)) * p.scale
-    dk = (dscores.transpose(-1, -2) @ grouped(q, k)).sum(2).permute(2, 0, 1, 3) * p.scale
-    dv = (dropped.transpose(-1, -2) @ do_).sum(2).permute(2, 0, 1, 3)
+    dscores, dq, dk, dv = backward_of(scores_of(q, k, p), do, q, k, v, lse, delta, p)
     dbias = None
     if p.bias is not None:
         s, t = q.shape[0], k.shape[0]
@@ -311,6 +303,22 @@ def _reference_backward(
     if not p.wide:
         dq, dk, dv = (x.to(q.dtype) for x in (dq, dk, dv))
     return dq, dk, dv, dbias
+
+
+def backward_of(
+    scores: Tensor, do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, p: Problem
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients, in the wide type, of ``scores`` as ``scores_of`` gives them, and of q, k and v through them."""
+    lse, delta = (x.to(_type(q)).unflatten(1, (k.shape[2], -1)).unsqueeze(-1) for x in (lse, delta))
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, torch.inf))
+    do_ = grouped(do, k)
+    dweights, kept = do_ @ _wide(v).transpose(-1, -2), _kept(q, k, p)
+    dropped = weights if kept is None else weights * kept
+    dscores = weights * ((dweights if kept is None else dweights * kept) - delta)
+    dq = narrow(dscores @ _wide(k)) * p.scale
+    dk = (dscores.transpose(-1, -2) @ grouped(q, k)).sum(2).permute(2, 0, 1, 3) * p.scale
+    dv = (dropped.transpose(-1, -2) @ do_).sum(2).permute(2, 0, 1, 3)
+    return dscores, dq, dk, dv
 
 
 attention_reference = Version(

@@ -17,7 +17,7 @@ FLOOR = 0.1
 SHAPES = [(1, 1, 1, 1, 1, 32), (33, 33, 2, 4, 2, 20)]
 
 
-@pytest.fixture(autouse=True, params=[7, 256], ids=lambda rows: f"rows:{rows}")
+@pytest.fixture(autouse=True, params=[7, 128], ids=lambda rows: f"rows:{rows}")
 def rows(request, monkeypatch):
     """Blocks that cut the queries, the last one short, and one block."""
     monkeypatch.setattr(relative_attention, "ROWS", request.param)
