@@ -52,11 +52,14 @@ def start_from(path: Path, config: Config, step: TrainStep) -> None:
 
 
 def refuse_changes(old: dict[str, Any], new: dict[str, Any], path: Path, allowed: Sequence[str] = ()) -> None:
-    """ValueError with a table when a job resumes with another model, batch or data order than its checkpoint's."""
-    changed = []
+    """ValueError with a table when a job resumes with another model, batch or data order than its checkpoint's.
+
+    A key that the checkpoint does not know is newer than it, and had its default then.
+    """
+    changed, defaults = [], asdict(Config())
     for table, keys in FIXED.items():
         for key in (keys or sorted(new[table])) if table in new else ():
-            before, after = old.get(table, {}).get(key), new[table][key]
+            before, after = old.get(table, {}).get(key, defaults[table][key]), new[table][key]
             if before != after and f"{table}.{key}" not in allowed:
                 changed.append((f"{table}.{key}", before, after))
     if not changed:

@@ -97,3 +97,12 @@ def test_a_run_does_not_resume_with_another_corruption(key: str, value: object, 
     new["data"][key] = value
     with pytest.raises(ValueError, match=rf"data\.{key}"):
         refuse_changes(old, new, tmp_path)
+
+
+def test_a_checkpoint_older_than_a_key_had_its_default(tmp_path: Path) -> None:
+    old, new = asdict(Config()), asdict(Config())
+    del old["data"]["fraction"], old["model"]["qk_norm"]
+    refuse_changes(old, new, tmp_path)
+    new["data"]["fraction"] = 0.5
+    with pytest.raises(ValueError, match=r"data\.fraction = 1\.0, but the job has 0\.5"):
+        refuse_changes(old, new, tmp_path)
