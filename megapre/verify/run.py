@@ -12,7 +12,7 @@ import os
 import re
 import statistics
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
@@ -30,6 +30,7 @@ from megapre.data.loader import count
 from megapre.models.context import Context
 from megapre.models.moe import Router
 from megapre.models.replaced_token import Replacement
+from megapre.models.spec import tensors
 from megapre.optim.schedule import learning_rate
 from megapre.parallel.grid import Grid
 from megapre.parallel.layout import Slot
@@ -48,6 +49,9 @@ EXACT = 1e-9
 """Largest relative error of arm A."""
 ALLOWED = 2.0
 """Largest error of arm B, in multiples of the unsharded run's."""
+FEW = 8
+"""Numbers below which a tensor's error is no average: two draws of the noise of two numbers are in one of five pairs
+more than `ALLOWED` apart."""
 CHOICE = 16.0
 """Largest score, of at most 1, by which rounding may turn a router's choice, in units of roundoff."""
 RESOLUTION = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
@@ -355,7 +359,8 @@ class Prover:
             (report,) = self._run(Cell(), [(self.config, True)])
             _publish(path, lambda part: part.write_text(json.dumps(report.errors)))
         base, resolution = json.loads(path.read_text()), RESOLUTION[self.config.precision.dtype]
-        return lambda name: _limit(name, base, resolution)
+        few = {spec.name for spec in tensors(self.config.model, self.vocab_size) if prod(spec.shape) < FEW}
+        return lambda name: _limit(name, base, resolution, few)
 
     def _run(self, cell: Cell, configs: list[tuple[Config, bool]], instrument: str = "") -> list[Report]:
         jobs = [(check(cell.apply(config), cell.world), self._truth(config), replay) for config, replay in configs]
@@ -392,12 +397,13 @@ def _exact(name: str) -> float:
     return EXACT
 
 
-def _limit(name: str, base: dict[str, float], resolution: float) -> float:
+def _limit(name: str, base: dict[str, float], resolution: float, few: Collection[str] = ()) -> float:
     """Arm B's limit for one quantity, from the unsharded run's errors.
 
     One error is one draw of rounding noise and may be small by luck, so a tensor is held to the worst of its
     kin (the same tensor of every block; all norms), one without kin to the median of all tensors too, and losses and
-    norms to the median error of the gradients, of which they are sums.
+    norms to the median error of the gradients, of which they are sums. One of the ``few`` numbers is held to the worst
+    of all tensors.
     """
     if name == "replicas" or name.startswith("padding"):
         return 0.5
@@ -406,7 +412,8 @@ def _limit(name: str, base: dict[str, float], resolution: float) -> float:
     kin = [error for key, error in base.items() if _kin(key) == _kin(name)]
     like = "gradient/" if name.startswith(("loss", "grad_norm")) else name.partition("/")[0] + "/"
     if len(kin) == 1 or like == "gradient/" != name[: len(like)]:
-        kin.append(statistics.median(error for key, error in base.items() if key.startswith(like)))
+        summary = max if name.partition("/")[2] in few else statistics.median
+        kin.append(summary([error for key, error in base.items() if key.startswith(like)]))
     worst = max(kin)
     if not math.isfinite(worst):
         return 0.0  # an unsharded run that overflows measures nothing

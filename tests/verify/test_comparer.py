@@ -44,6 +44,13 @@ def test_a_baseline_that_overflows_allows_nothing() -> None:
     assert _limit("gradient/b", base, 2.0**-24) == 2e-7
 
 
+def test_a_tensor_of_two_numbers_is_held_to_the_worst_of_all() -> None:
+    base = {"parameter/a": 9e-7, "parameter/b": 2e-7, "parameter/c": 1e-7, "parameter/c.bias": 1e-9}
+    assert _limit("parameter/c.bias", base, 2.0**-24) == 2 * 1.5e-7
+    assert _limit("parameter/c.bias", base, 2.0**-24, {"c.bias"}) == 2 * 9e-7
+    assert _limit("parameter/c", base, 2.0**-24, {"c.bias"}) == 2 * 1.5e-7
+
+
 def test_one_rank_with_another_loss_is_enough() -> None:
     right, wrong = {"loss/0": [0.0, 4.0, 0.0]}, {"loss/0": [1e-2, 4.0, 0.0]}
     for order in ([right, right, wrong], [wrong, right, right]):
