@@ -20,12 +20,12 @@ from tests.training.jobs import corpus, job, run
 
 
 def test_the_hosts_own_refusal_is_one(tmp_path: Path) -> None:
-    held = torch.zeros(7, 1001)
+    held = torch.empty(7, 10_000_019)  # larger than what other tests left: the largest are listed
     with pytest.raises(RuntimeError, match="allocate"), snapshot_on_exhaustion(tmp_path / "log", 3):
         torch.empty(2**56, dtype=torch.uint8)
     found = json.loads((tmp_path / "log" / "oom_rank_3.json").read_text())
     assert found["memory"]["host_gib"] > 0 and "allocate" in found["error"]
-    mine = next(entry for entry in found["tensors"] if entry["shape"] == [7, 1001])
+    mine = next(entry for entry in found["tensors"] if entry["shape"] == [7, 10_000_019])
     assert mine["bytes"] == held.nbytes * mine["count"] and mine["dtype"] == "float32" and mine["device"] == "cpu"
 
 
