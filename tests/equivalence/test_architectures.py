@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import pytest
 
-from megapre.config.check import ConfigError, check
 from megapre.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig
 from megapre.verify.cells import parse, scaled_down
 from megapre.verify.run import Prover
+from tests.equivalence.conftest import allowed
 
 LLAMA = dict(norm="rmsnorm", positions="rope", activation="swiglu", bias=False, tied_embeddings=False, heads=4)
 T5 = dict(positions="t5", norm="rmsnorm", bias=False, attention_scale=1.0)
@@ -81,24 +81,16 @@ FIRST = "2x1x1+sp"
 KERNELS = ("qwen3", "mistral", "gpt-1", "bloom", "t5", "bert")
 
 
-def allowed(name: str) -> list[str]:
+def four(name: str) -> list[str]:
     """Four layouts for a family, from a place that its name says on; what it does not allow is passed over."""
-    start = sum(map(ord, name))
-    ring = [*LAYOUTS[start % len(LAYOUTS) :], *LAYOUTS[: start % len(LAYOUTS)]]
-    kept = []
-    for layout in ring:
-        cell = parse(layout)
-        try:
-            check(cell.apply(scaled_down(JOBS[name])[0]), cell.world)
-            kept.append(layout)
-        except ConfigError:
-            continue
+    start, small = sum(map(ord, name)) % len(LAYOUTS), scaled_down(JOBS[name])[0]
+    kept = [layout for layout in (*LAYOUTS[start:], *LAYOUTS[:start]) if allowed(small, parse(layout))]
     # Always a shard of the sequence for the tensor ranks, and a cut sequence where the job allows one.
     first = [FIRST, *[layout for layout in kept if "ring" in layout or "ulysses" in layout][:1]]
     return [*first, *(layout for layout in kept if layout not in first)][:EACH]
 
 
-CASES = [(name, layout) for name in JOBS for layout in allowed(name)]
+CASES = [(name, layout) for name in JOBS for layout in four(name)]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from megapre.config.check import ConfigError, check
 from megapre.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig
 from megapre.verify.cells import Cell, scaled_down
 from megapre.verify.matrix import candidates, options, pairs
 from megapre.verify.run import Prover
+from tests.equivalence.conftest import allowed
 
 SEED = random.SystemRandom().randrange(10**6)
 RANKS, JOBS, NIGHTLY = 8, 6, 200
@@ -61,14 +61,6 @@ def dealt(cells: list[Cell]) -> list[tuple[int, Cell]]:
                 found.append((number, cell))
                 break
     return found
-
-
-def allowed(config: Config, cell: Cell) -> bool:
-    try:
-        check(cell.apply(config), cell.world)
-    except ConfigError:
-        return False
-    return True
 
 
 # Multi-head attention allows every layout, whatever was drawn.
