@@ -1,4 +1,4 @@
-"""Speed of a CPU's matrix products, attention, byte-bound operations and AdamW: the compute part of a planner profile.
+"""Speed of a CPU's linear layers, output layer, attention, byte-bound operations and AdamW: for a planner profile.
 
 ``python benchmarks/gemm.py [--profile FILE.toml] [--ranks 2]`` prints TFLOP/s and GB/s of one thread in CPU seconds,
 medians of interleaved rounds, and with ``--profile`` writes the profile that ``megapre plan --gpu FILE.toml`` reads.
@@ -17,17 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from megapre.config.schema import KernelsConfig
 from megapre.kernels.mask import CAUSAL
 from megapre.kernels.registry import Kernels, choose
+from megapre.parallel.comm import Axis
+from megapre.parallel.tensor import Linear
+from megapre.parallel.weight_queue import WeightQueue
 from megapre.resilience.ranks import Ranks
 from megapre.verify.pool import RankPool
 
 TOKENS = 4096
 SIZES = ((384, 1152), (384, 1536), (1536, 384), (512, 1024), (512, 2816), (1408, 512))
 """(inputs, outputs) of the blocks of GPT-2- and Llama-like models of laptop size."""
+HEADS = ((384, 50304), (512, 32000))
+"""(inputs, outputs) of output layers of such models."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LENGTHS = (256, 1024)
 ROUNDS = 5
@@ -40,20 +45,34 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
+def linear(kernels: Kernels, dtype: torch.dtype, inputs: int, outputs: int) -> Linear:
+    """The engine's own layer, on one rank."""
+    weight, queue = nn.Parameter(torch.randn(outputs, inputs, dtype=dtype)), WeightQueue()
+    queue.multiply = kernels.weight_gradient_
+    weight.main_grad, weight.queue = torch.zeros(outputs, inputs), queue  # type: ignore[attr-defined]
+    return Linear("column", weight, None, Axis("tensor"), False)
+
+
 def gemms(kernels: Kernels, dtype: torch.dtype) -> Callable[[], Any]:
-    """Forward and both backward products of every size, as linear layers run them."""
+    """Forward and both backward products of every size, as the engine's linear layers run them."""
     made = []
     for inputs, outputs in SIZES:
-        x, w = torch.randn(TOKENS, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
-        made.append((x, w, torch.randn(TOKENS, outputs, dtype=dtype), torch.zeros(outputs, inputs)))
+        x = torch.randn(TOKENS, inputs, dtype=dtype, requires_grad=True)
+        made.append((linear(kernels, dtype, inputs, outputs), x, torch.randn(TOKENS, outputs, dtype=dtype)))
 
     def run() -> None:
-        for x, w, dy, main in made:
-            F.linear(x, w)
-            dy @ w
-            kernels.weight_gradient_(main, dy, x)
+        for layer, x, dy in made:
+            torch.autograd.grad(layer(x), x, dy)
 
     return run
+
+
+def head(kernels: Kernels, dtype: torch.dtype, inputs: int, outputs: int) -> Callable[[], Any]:
+    """An output layer, its cross-entropy and the gradients of both, in one go as the engine's head makes them."""
+    x, weight = torch.randn(TOKENS, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype) / inputs**0.5
+    targets, scale = torch.randint(outputs, (TOKENS,)), torch.full((TOKENS,), 1.0 / TOKENS)
+    main = torch.zeros(outputs, inputs)
+    return lambda: kernels.linear_cross_entropy(x, weight, targets, scale, outputs, main_grad=main)
 
 
 def attention(kernels: Kernels, dtype: torch.dtype, length: int) -> Callable[[], Any]:
@@ -124,6 +143,8 @@ def time_kernels(ranks: Ranks, dtypes: Sequence[str] = tuple(DTYPES), rounds: in
         kernels = choose(KernelsConfig(), torch.device("cpu"), dtype)
         cases["gemm", name] = gemms(kernels, dtype)
         cases["bytes", name] = byte_bound(kernels, dtype)
+        for inputs, outputs in HEADS:
+            cases["head", name, inputs] = head(kernels, dtype, inputs, outputs)
         for length in LENGTHS:
             cases["attention", name, length] = attention(kernels, dtype, length)
     for run in cases.values():
@@ -143,6 +164,10 @@ def figures(times: Times) -> dict[str, Any]:
     rates = {length: 3.5 * 4 * 0.5 * TOKENS * length * 512 for length in LENGTHS}
     return {
         "gemm": {name: flops / best["gemm", name] / 1e12 for name in names},
+        "head": {
+            name: {inputs: 6e-12 * TOKENS * inputs * outputs / best["head", name, inputs] for inputs, outputs in HEADS}
+            for name in names
+        },
         "attention": {
             name: {length: work / best["attention", name, length] / 1e12 for length, work in rates.items()}
             for name in names
@@ -178,6 +203,10 @@ def profile(found: dict[str, Any], dtype: str, link: tuple[float, float]) -> str
     bandwidth = found["adamw"] / 0.75
     best = found["gemm"]
     rates = ", ".join(f"{name} = {rate:.4f}" for name, rate in (best | {"fp16": best.get("bf16", 0.0)}).items() if rate)
+    heads = ", ".join(
+        f"{name} = {{ {', '.join(f'{width} = {rate:.4f}' for width, rate in rates.items())} }}"
+        for name, rates in found["head"].items()
+    )
     short, long = (found["attention"][dtype][length] for length in LENGTHS)
     # share x L / (L + half) through both lengths
     half = max(0.0, LENGTHS[0] * LENGTHS[1] * (long - short) / (short * LENGTHS[1] - long * LENGTHS[0]))
@@ -190,6 +219,7 @@ generation = "cpu"
 [compute]
 peak = {{ {rates} }}
 best = {{ {rates} }}
+head = {{ {heads} }}
 multiprocessors = 1
 
 [memory]
@@ -228,7 +258,8 @@ fixed = 0.0
 
 [sources]
 peak = "the best product: there is no data sheet figure for one thread"
-best = "{source}"
+best = "{source}: linear layers, all three products"
+head = "{source}: output layer with its loss and gradients, by input features"
 multiprocessors = "not used on a CPU"
 gib = "assumed"
 bandwidth = "{source}: AdamW"
@@ -251,8 +282,9 @@ def main() -> None:
         found = measure(pool, args.ranks)
     for name in DTYPES:
         lengths = ", ".join(f"{1000 * rate:.0f} at {length}" for length, rate in found["attention"][name].items())
-        print(f"{name}: products {1000 * found['gemm'][name]:.0f} GFLOP/s, attention {lengths} tokens, byte-bound "
-              f"operations {found['bytes'][name]:.1f} GB/s")  # fmt: skip
+        widths = ", ".join(f"{1000 * rate:.0f} at {width}" for width, rate in found["head"][name].items())
+        print(f"{name}: linear layers {1000 * found['gemm'][name]:.0f} GFLOP/s, output layer and loss {widths} "
+              f"features, attention {lengths} tokens, byte-bound {found['bytes'][name]:.1f} GB/s")  # fmt: skip
     print(f"AdamW {found['adamw']:.1f} GB/s")
     if args.profile:
         from collectives import measure as measure_link

@@ -1,9 +1,9 @@
 """Predicted against measured steps of megapre's own engine on this CPU, for two small models in many layouts.
 
-``python benchmarks/planner/cpu.py [--rounds 3] [--only J1]`` runs every layout and, just before and after it, the
-kernels of a profile (``benchmarks/gemm.py``, ``collectives.py``) on as many ranks at once, and prints predicted and
-measured CPU seconds of a rank's step: what the rank itself does, so that other work on a shared machine does not count.
-Waiting in a pipeline's bubble is left out of both.
+``python benchmarks/planner/cpu.py [--rounds 3] [--only J1]`` runs every layout and, after each of its steps, the
+kernels of a profile (``benchmarks/gemm.py``) on the same ranks, and prints predicted and measured CPU seconds of a
+rank's step: what the rank itself does, so that other work on a shared machine does not count. Waiting in a pipeline's
+bubble is left out of both.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import collectives
 import gemm
 
-KERNEL_ROUNDS = 2
-"""Times that the kernels run before and after a layout's steps."""
 GPT = {"layers": 6, "hidden": 384, "heads": 6, "sequence": 256, "vocab_size": 50304}
 LLAMA = {
     "layers": 8, "hidden": 512, "heads": 8, "kv_heads": 4, "ffn_hidden": 1408, "sequence": 1024, "vocab_size": 32000,
@@ -66,8 +64,8 @@ def config_of(job: str, dtype: str, parallel: dict[str, object], train: dict[str
     return check(from_dict(tables))
 
 
-def measure(ranks: Ranks, config: Config, rounds: int) -> float:
-    """Median CPU seconds of a step on this rank, the first left out."""
+def measure(ranks: Ranks, config: Config, rounds: int) -> tuple[float, gemm.Times]:
+    """Median CPU seconds of a step on this rank, the first left out, and those of the kernels, in turn with steps."""
     torch.manual_seed(ranks.rank)
     with connected(config, ranks) as (grid, device):
         engine = build(config, grid, device, config.model.vocab_size)
@@ -75,30 +73,29 @@ def measure(ranks: Ranks, config: Config, rounds: int) -> float:
         micro = [replace(m, tokens=torch.randint(vocab, m.tokens.shape), targets=torch.randint(vocab, m.targets.shape))
                  for m in _microbatches(config)]  # fmt: skip
         targets = config.train.global_batch * config.model.sequence
-        times = []
+        times, kernels = [], []
         for step in range(rounds + 1):
             start = time.process_time()
             engine.step(micro, Counts(targets), step, 1e-4)
             times.append(time.process_time() - start)
-    return statistics.median(times[1:])
+            kernels.append(gemm.time_kernels(ranks, (config.precision.dtype,), 1))
+    return statistics.median(times[1:]), gemm.together(kernels[1:])
 
 
 def compare(
     pool: RankPool, folder: Path, link: tuple[float, float], layout: tuple[str, str, dict[str, object], dict[str, int]],
     rounds: int,
 ) -> tuple[float, float]:  # fmt: skip
-    """(measured, predicted) CPU seconds; the kernels are timed just before and after, by as many ranks at once."""
+    """(measured, predicted) CPU seconds."""
     job, dtype, parallel, train = layout
     config = config_of(job, dtype, parallel, train)
     grid = config.parallel
     world = grid.tensor * grid.pipeline * grid.data
-    before = pool.run(world, gemm.time_kernels, (dtype,), KERNEL_ROUNDS, timeout=900)
-    measured = max(pool.run(world, measure, config, rounds, timeout=900))
-    after = pool.run(world, gemm.time_kernels, (dtype,), KERNEL_ROUNDS, timeout=900)
+    steps, kernels = zip(*pool.run(world, measure, config, rounds, timeout=900))
     path = folder / f"{dtype}.toml"
-    path.write_text(gemm.profile(gemm.figures(gemm.together([*before, *after])), dtype, link))
+    path.write_text(gemm.profile(gemm.figures(gemm.together(kernels)), dtype, link))
     time_ = predict(from_config(config, hardware.load(str(path)), config.model.vocab_size), fitted.load())
-    return measured, time_.step - time_.bubble
+    return max(steps), time_.step - time_.bubble
 
 
 def main() -> None:

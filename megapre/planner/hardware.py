@@ -10,6 +10,7 @@ import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ class Device:
     sources: Mapping[str, str] = field(compare=False)
     measured: Mapping[str, float] = field(default_factory=dict, compare=False)
     """Constants of the timing model (`constants.Constants`) that were measured on the device itself."""
+    head: Mapping[str, Mapping[int, float]] = field(default_factory=dict, compare=False)
+    """FLOP/s of our output layer with its loss and gradients, by number format and features of its input: where it was
+    measured on its own."""
+
+    def head_rate(self, dtype: str, features: int) -> float | None:
+        """FLOP/s of the output layer: between measured widths on the line, beyond them the nearest; None: unknown."""
+        known = sorted(self.head.get(dtype, {}).items())
+        for (low, slow), (high, fast) in pairwise(known):
+            if low <= features <= high:
+                return slow + (fast - slow) * (features - low) / (high - low)
+        return min(known, key=lambda point: abs(point[0] - features))[1] if known else None
 
 
 def names() -> list[str]:
@@ -127,6 +139,10 @@ def _device(key: str, tables: dict[str, Any]) -> Device:
         watts=cost["watts"],
         sources=sources,
         measured=tables.get("measured", {}),
+        head={
+            dtype: {int(features): value * TERA for features, value in rates.items()}
+            for dtype, rates in compute.get("head", {}).items()
+        },
     )
 
 

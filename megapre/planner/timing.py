@@ -180,10 +180,16 @@ def stage_costs(job: Job, speed: Speed, dense: Block, moe: Block | None) -> list
 
 
 def head(job: Job, speed: Speed) -> tuple[float, float, float]:
-    """Output layer and loss: forward, gradient of the input, gradient of the weight."""
+    """Output layer and loss: forward, gradient of the input, gradient of the weight.
+
+    Where the device's profile has a measurement of our own head, all of it is forward's, which makes the gradients too.
+    """
     shape, layout = job.shape, job.layout
     tokens = layout.microbatch * shape.sequence / layout.context
     columns = shape.vocab / layout.tensor
+    rate = job.device.head_rate(speed.base, shape.hidden) if job.stack.engine == "megapre" else None
+    if rate:
+        return 6.0 * tokens * columns * shape.hidden / rate, 0.0, 0.0
     product = speed.product(tokens, columns, shape.hidden, fp8=False)
     passes = CHUNKED_LOSS if job.stack.engine == "megapre" else WHOLE_LOSS
     loss = tokens * passes * columns / speed.memory * job.stack.width / 2

@@ -16,7 +16,7 @@ from megapre.planner.network import Network
 from megapre.planner.pipeline import Costs, pipeline_time, run, stage_layers
 from megapre.planner.search import closed_form
 from megapre.planner.speed import READ_BANDWIDTH, Speed, alignment, tile_share
-from megapre.planner.timing import block, join, predict
+from megapre.planner.timing import block, head, join, predict
 from megapre.planner.work import Linear
 
 CONSTANTS = load()
@@ -79,6 +79,20 @@ def test_a_profile_may_bring_constants_of_its_own() -> None:
     product = Speed(JOB, CONSTANTS).product(8192, 8192, 8192)
     assert Speed(replace(JOB, device=slow), CONSTANTS).product(8192, 8192, 8192) == pytest.approx(2 * product)
     assert 1.3 < predict(replace(JOB, device=slow), CONSTANTS).step / predict(JOB, CONSTANTS).step < 2.0
+
+
+def test_a_profile_may_bring_the_speed_of_our_head() -> None:
+    """Loss and gradients in one go, all of it forward's; other engines have heads of their own."""
+    tokens, columns = LAYOUT.microbatch * SHAPE.sequence, SHAPE.vocab / LAYOUT.tensor
+    work = 6.0 * tokens * columns * SHAPE.hidden
+    knows = replace(JOB, device=replace(JOB.device, head={"bf16": {2048: 2e14, 6144: 4e14, 8192: 5e14}}))
+    assert head(knows, Speed(knows, CONSTANTS)) == (pytest.approx(work / 3e14), 0.0, 0.0)
+    for job in (replace(knows, stack=replace(JOB.stack, engine="megatron")), replace(knows, stack=Stack(dtype="fp16"))):
+        bare = replace(job, device=JOB.device)
+        assert head(job, Speed(job, CONSTANTS)) == head(bare, Speed(bare, CONSTANTS))
+    slow = replace(JOB, device=replace(JOB.device, head={"bf16": {64: 1e13}}))
+    assert slow.device.head_rate("bf16", 4096) == 1e13 and slow.device.head_rate("fp32", 64) is None
+    assert predict(slow, CONSTANTS).step > 1.5 * predict(JOB, CONSTANTS).step
 
 
 def test_gradients_are_added_to_the_sum_of_microbatches() -> None:
