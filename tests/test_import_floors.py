@@ -4,6 +4,8 @@ Syntax trees are walked, so imports inside functions and under TYPE_CHECKING cou
 """
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,6 +123,13 @@ def mutations(tree: ast.Module) -> Iterator[int]:
 
 def test_the_house_holds() -> None:
     assert faults(PACKAGE) == []
+
+
+def test_training_does_not_load_the_compiler() -> None:
+    """140 MiB of every rank, and seconds of its start; ``torch.compile`` loads it where it is used."""
+    code = "import sys, megapre.train; print({'torch._dynamo', 'torch._inductor', 'sympy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "set()", done
 
 
 BAD = {

@@ -1,7 +1,7 @@
 """Saving beside the training: a copy in host memory, and a thread that writes it.
 
-``save`` copies this rank's tensors into a buffer that was allocated at the start, with the checksums taken from the
-live tensors on the way, and returns; a thread writes the copy and owns no tensor of the run. The thread never
+``save`` copies this rank's tensors into a buffer that was allocated before the first save, with the checksums taken
+from the live tensors on the way, and returns; a thread writes the copy and owns no tensor of the run. The thread never
 communicates. The ranks learn through a flag that rides on a reduction of theirs (`written`, `settle`) that all are
 done; rank 0's thread then makes the checkpoint valid. One save is under way at most.
 """

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
 def load() -> str:
     """Load the C++ ops as ``torch.ops.megapre.*``; returns "" when they are there, else the reason in words."""
     return _load()
+
+
+# What torch.compiler.assume_constant_result does, which loads the compiler for it: 140 MiB of every rank.
+load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -114,6 +114,9 @@ class Trainer:
         self.environment = fingerprint(config)
         self.saved = start if start else -1
         self.saved_at = time.monotonic()
+        self.copies = config.checkpoint.async_save
+        """Whether the next save must first look for host memory to copy into: a run that saves at its end alone never
+        does."""
         self.evaluated = -1
         self.steps = Steps(config)
         self.held_out = {name: (samples, self._count(samples)) for name, samples in held_out.items() if samples}
@@ -121,8 +124,6 @@ class Trainer:
     def run(self) -> int:
         """Train; returns the exit code."""
         config = self.config
-        if config.checkpoint.async_save and (config.checkpoint.interval or config.checkpoint.minutes):
-            self.saver.prepare(self.step.pieces(share=True), config.checkpoint.host_memory)
         if config.train.eval_first and not self.done:
             self.evaluate()
         ahead = self._ahead() if self.done < config.train.steps else None
@@ -195,11 +196,17 @@ class Trainer:
                 self.saved = self.done
             else:
                 self.saved = self.done
-                self._reported(self._write)
+                self._reported(self._write_aside)
         self.saved_at = time.monotonic()
 
     def _write(self) -> None:
         self.saver.save(self.done, self.step.pieces(share=True), self.state())
+
+    def _write_aside(self) -> None:
+        if self.copies:
+            self.copies = False
+            self.saver.prepare(self.step.pieces(share=True), self.config.checkpoint.host_memory)
+        self._write()
 
     def _reported(self, action: Callable[..., None], *args: int) -> None:
         """Do what may fail for want of a disk without the run: all ranks raise the same error, and go on."""

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from megapre.checkpoint import store
 from megapre.checkpoint.store import list_checkpoints
+from megapre.checkpoint.writer import Saver
 from megapre.config.schema import Config
 from megapre.monitor.metrics import Monitor
 from megapre.resilience.lock import run_lock
@@ -58,6 +60,29 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_no_step(pool: Ran
         told = events(Path(config.train.run_dir))
         assert [event["event"] for event in told] == ["start", "unsaved", "unsaved", "end"], told
         assert "rank 1 failed: No space left on device" in told[1]["reason"]
+
+
+def run_and_count_copies(ranks: Ranks, config: Config) -> list[int]:
+    """Checkpoints that were there each time that host memory for copies was allocated."""
+    prepare, found = Saver.prepare, []
+
+    def counted(saver: Saver, pieces: Any, budget: float) -> bool:
+        found.append(len(list_checkpoints(saver.root)))
+        return prepare(saver, pieces, budget)
+
+    Saver.prepare = counted  # type: ignore[method-assign]
+    try:
+        assert run(ranks, config) == 0
+    finally:
+        Saver.prepare = prepare  # type: ignore[method-assign]
+    return found
+
+
+def test_memory_for_copies_is_taken_at_the_first_save_and_for_no_last_one(pool: RankPool, tmp_path: Path) -> None:
+    prefix = corpus(tmp_path / "text")
+    for interval, wanted in ((0, []), (2, [0])):
+        config = job(prefix, tmp_path / f"run{interval}", parse("1x1x1"), steps=4, interval=interval)
+        assert pool.run(1, run_and_count_copies, config) == [wanted]
 
 
 def test_a_last_save_that_fails_is_the_failure_of_the_run(pool: RankPool, tmp_path: Path) -> None:
