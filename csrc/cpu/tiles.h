@@ -10,16 +10,15 @@ namespace megapre {
 
 // One chunk of rows of the output layer's input against the vocabulary. `padded`: rows, with zeros behind the true ones.
 struct HeadChunk {
-  int64_t rows, padded, width, valid;
-  const void* weight;                   // bf16 [vocabulary, width]
+  int64_t rows, padded, width, valid, stride;
+  const void *x, *weight;               // bf16 [rows, width], rows `stride` apart; bf16 [vocabulary, width]
   const void* features;                 // x as B with k = width: [padded/32][width/2][32] words
-  void* logits;                         // bf16, as many as [vocabulary, padded], in an order of the kernels' own
+  void* kept;                           // bf16, as many as [vocabulary, padded]: see tiles.cpp
   const int64_t* targets;               // [rows]
   // For the gradient alone.
-  const void* places;                   // x as B with k = padded: [width/32][padded/2][32] words
-  // [padded]: log2(e) lse (infinity where the scale is 0), the scale, it times (1 + 2 z lse) and times smoothing / V.
-  const float *lse, *scale, *factor, *less;
-  float smoothing;
+  const void* places;                   // x, its rows times `factor`, as B with k = padded: [width/32][padded/2][32]
+  // [padded]: what the kept are times in the gradient, and the target's own slope; the scale, and it times smoothing / V.
+  const float *factor, *slope, *scale, *less;
   float* main_grad;                     // fp32 [vocabulary, width], added to
 };
 
@@ -35,20 +34,22 @@ struct TileKernels {
   // The same rows of x turned, as A with k = padded: [width/32][padded/32] blocks of 32 x 32.
   void (*pack_turned)(const void* x, int64_t stride, int64_t rows, int64_t padded, int64_t width, void* blocks,
                       int64_t first, int64_t last);
-  // Vocabulary rows [begin, end): logits, and their statistics [4, padded]: max, sum of exp, target's logit, sum;
-  // scratch: 64 x width elements and 8 KiB.
-  void (*logits)(const HeadChunk& c, int64_t begin, int64_t end, float* statistics, void* scratch);
-  // Vocabulary rows [begin, end) of a block that begins at `first`: their gradient, added to main_grad by its product
-  // with x; the gradient as B with k = the block's rows, [padded/32][block/2][32] words, and the weight as A turned,
-  // [width/32][block/32] blocks of 32 x 32; scratch: 64 x padded elements and 1,216 bytes.
-  void (*gradient)(const HeadChunk& c, int64_t begin, int64_t end, int64_t first, int64_t block, void* words,
-                   void* turned, void* scratch);
+  // A block of vocabulary rows [begin, end): exponentials of its logits, without those of targets, and statistics
+  // [4, padded]: base, sum of exp(logit - base), target's logit, sum of logits if asked for; scratch: padded floats and
+  // 8 KiB.
+  void (*logits)(const HeadChunk& c, int64_t begin, int64_t end, bool levels, float* statistics, void* scratch);
+  // Vocabulary rows [begin, end) of a block of `height` that begins at `first`: kept <- kept x grown[padded] - less.
+  void (*slopes)(const HeadChunk& c, int64_t first, int64_t height, const float* grown, int64_t begin, int64_t end);
+  // The same rows of main_grad += their gradient; and the weight as A turned, [width/32][height/32] blocks of 32 x 32;
+  // scratch: 64 x padded elements and 1 KiB.
+  void (*gradient)(const HeadChunk& c, int64_t begin, int64_t end, int64_t first, int64_t height, void* turned,
+                   void* scratch);
   // Feature rows [begin, end) of sum, [width/32][padded/32] blocks of 32 x 32, += turned weight x gradient, over
-  // `block` vocabulary rows.
-  void (*features_gradient)(const HeadChunk& c, int64_t block, const void* turned, const void* words, float* sum,
+  // `depth` vocabulary rows, whose words are kept.
+  void (*features_gradient)(const HeadChunk& c, int64_t depth, const void* turned, const void* words, float* sum,
                             int64_t begin, int64_t end);
-  // x [rows, width] of sum.
-  void (*store_turned)(const float* sum, int64_t padded, int64_t rows, int64_t width, void* x, int64_t stride);
+  // Rows [begin, end) of dx, of sum.
+  void (*store_features)(const HeadChunk& c, const float* sum, void* dx, int64_t stride, int64_t begin, int64_t end);
   // Rows [begin, end) of main_grad [outputs, width] += dy^T x; turned: dy, words: x as B with k = padded.
   void (*weight_gradient)(const void* turned, int64_t padded, const void* words, int64_t width, float* main_grad,
                           int64_t begin, int64_t end);

@@ -230,17 +230,22 @@ class _Tiles:
         self.weight, self.valid, self.main_grad = weight, valid, main_grad
         self.options = [options.get(name, 0) for name in ("smoothing", "vocab", "z_loss")]
         self.memory = weight.new_empty(weight.shape[0] * _padded(rows))
+        self.found = self.memory[:0]
+        """The last chunk's statistics [blocks of the vocabulary, 4, rows]."""
 
-    def _logits(self, rows: int) -> Tensor:
+    def _kept(self, rows: int) -> Tensor:
+        """Memory for the exponentials of a chunk's logits."""
         return self.memory[: self.weight.shape[0] * _padded(rows)].view(self.weight.shape[0], -1)
 
     def sums(self, x: Tensor, targets: Tensor, scale: Tensor, exchange: Exchange) -> Sums:
-        found = torch.ops.megapre.head_logits(x, self.weight, targets, self.valid, self._logits(x.shape[0]))
-        return exchange(*_merged(*found.unbind(1)))
+        kept = self._kept(x.shape[0])
+        self.found = torch.ops.megapre.head_logits(x, self.weight, targets, self.valid, self.options[0] != 0, kept)
+        return exchange(*_merged(*self.found.unbind(1)))
 
     def gradients(self, x: Tensor, targets: Tensor, scale: Tensor, lse: Tensor, dx: Tensor) -> None:
+        kept = self._kept(x.shape[0])
         torch.ops.megapre.head_gradient_(
-            x, self.weight, targets, lse, scale, self.valid, *self.options, self._logits(x.shape[0]), self.main_grad, dx
+            x, self.weight, targets, self.found, lse, scale, self.valid, *self.options, kept, self.main_grad, dx
         )
 
 

@@ -141,6 +141,62 @@ def test_the_logits_never_exist_in_whole(monkeypatch):
     assert function is lce.linear_ce_cpp
 
 
+def cpp():
+    """The C++ version for bf16."""
+    return load(next(v for v in versions(OP) if v.name == "cpp"), torch.bfloat16)
+
+
+LEVELS = ["zero", "low", "high", "low-first-block", "far-targets", "sure"]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("level", LEVELS)
+def test_logits_far_from_zero(level, smoothing):
+    """Rows, in all blocks of the vocabulary or in one, whose exponentials are beyond what is kept without a base."""
+    vocab, valid, rows = 1088, 1050, 40
+    x, weight, targets, scale, main = inputs(rows, 64, vocab, valid, torch.bfloat16)
+    x[:, 0], x[:, 2], weight[:, 0] = 0, 0, 1
+    if level in ("low", "high"):
+        x[::2, 0] = 200 if level == "high" else -300
+    elif level == "low-first-block":
+        weight[512:, 0] = 0
+        x[::2, 0] = -300
+    elif level == "far-targets":
+        weight[:, 2] = 0
+        weight[targets, 2] = -1
+        x[::2, 2] = 150
+    elif level == "sure":  # 1 - p of about 1e-3
+        weight[:, 2] = 0
+        targets = torch.arange(rows)
+        for row in range(rows):
+            weight[row] = x[row] * 0.25
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    options = {"smoothing": smoothing, "vocab": valid}
+    wanted = formula(*exact, targets, valid, **options)
+    (wanted * scale.double()).sum().backward()
+    losses, dx = cpp()(x, weight, targets, scale, valid, main_grad=main, **options)
+    tolerance = TOLERANCE[torch.bfloat16]
+    wanted = torch.where(scale == 0, 0.0, wanted)
+    assert error(losses, wanted) <= 6 * tolerance, (losses, wanted)
+    assert error(main - 1, exact[1].grad) <= 12 * tolerance
+    for row in range(rows):  # each by itself: a row is not lost beside another
+        assert error(dx[row], exact[0].grad[row]) <= 6 * tolerance, (row, dx[row], exact[0].grad[row])
+
+
+def test_ignored_rows_may_hold_anything():
+    x, weight, targets, scale, main = inputs(40, 64, 1088, 1050, torch.bfloat16)
+    found = []
+    for anything in (0.0, float("nan"), float("inf")):
+        x[1::4], total = anything, main.clone()
+        losses, dx = cpp()(x, weight, targets, scale, 1050, main_grad=total)
+        found.append((losses, dx, total))
+    for other in found[1:]:
+        assert all(error(a, b) <= TOLERANCE[torch.bfloat16] for a, b in zip(other, found[0]))
+    x[0] = float("nan")
+    losses, dx = cpp()(x, weight, targets, scale, 1050, main_grad=main)
+    assert losses[0].isnan() and dx[0].isnan().all() and main[:1050].isnan().all() and losses[2].isfinite()
+
+
 def test_bad_shapes_in_one_sentence():
     x, weight, targets, scale, main = inputs(5, 8, 33, 30, torch.float32)
     for version in versions(OP):

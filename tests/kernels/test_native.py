@@ -14,8 +14,9 @@ def tiles(targets):
     logits, main = torch.zeros(64, 32).bfloat16(), torch.zeros(64, 32)
     lse, scale = torch.rand(6), torch.rand(6)
     return {
-        "head_logits": (x, weight, targets, 60, logits),
-        "head_gradient_": (x, weight, targets, lse, scale, 60, 0.1, 60, 0.0, logits, main, torch.empty_like(x)),
+        "head_logits": (x, weight, targets, 60, True, logits),
+        "head_gradient_": (x, weight, targets, torch.rand(1, 4, 6), lse, scale, 60, 0.1, 60, 0.0, logits, main,
+                           torch.empty_like(x)),
         "add_product_": (torch.zeros(32, 32), dy, x),
     }
 
