@@ -6,8 +6,10 @@ spend waiting for peers: the step's time less that of ``Work.wait`` (on a GPU le
 
 from __future__ import annotations
 
+import faulthandler
+import re
 import statistics
-import sys
+import tempfile
 import threading
 import time
 from collections import Counter, deque
@@ -17,7 +19,7 @@ import torch
 
 from megapre.parallel.comm import Axis, Work
 from megapre.parallel.grid import Grid
-from megapre.resilience.hang import phase_of
+from megapre.resilience.hang import phase
 
 WINDOW = 8
 """Steps between comparisons of the ranks' medians. A rank is named when two windows in a row find it slow."""
@@ -29,6 +31,8 @@ SAMPLE = 0.02
 """Seconds between looks at what a suspect does."""
 LEAST = 1e-3
 """Seconds a step: shorter ones are noise."""
+THREAD = re.compile(r"hread 0x([0-9a-f]+)[^\n]*\n((?:  .*\n)*)")
+"""A thread's name and stack as faulthandler writes them."""
 
 
 Event = torch.cuda.Event
@@ -172,15 +176,19 @@ class Sampler(threading.Thread):
 
     def run(self) -> None:
         """Thread body."""
-        while not self._stopped.wait(SAMPLE):
-            frame, frames = sys._current_frames().get(self._who), []
-            while frame is not None:
-                frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
-                frame = frame.f_back
-            self._seen[phase_of(frames)] += 1
+        with tempfile.TemporaryFile("w+") as file:
+            while not self._stopped.wait(SAMPLE):
+                # In one go: to walk the frames of a thread that runs on meanwhile can end in freed memory.
+                file.truncate(0)
+                faulthandler.dump_traceback(file, all_threads=True)
+                file.seek(0)
+                stacks = {int(who, 16): stack for who, stack in THREAD.findall(file.read())}
+                file.seek(0)
+                self._seen[phase(stacks.get(self._who, ""))] += 1
 
     def stop(self) -> str:
         """The phase it was seen in most often but for waiting; empty when it was seen in none."""
         self._stopped.set()
+        self.join()
         self._seen.pop("collective", None)
         return self._seen.most_common(1)[0][0] if self._seen else ""
