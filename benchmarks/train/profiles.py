@@ -22,7 +22,7 @@ from megapre.monitor.profile import TIMED, TRACED  # noqa: E402
 JOBS = {"J1": "j1.toml", "J2": "j2.toml"}
 QUICK = (
     "model.layers=4", "model.hidden=32", "model.heads=2", "model.sequence=32", "model.vocab_size=211",
-    "train.global_batch=8",
+    "train.global_batch=8", "train.microbatch=4",
 )  # fmt: skip
 QUICK_LLAMA = ("model.kv_heads=2", "model.ffn_hidden=64")
 """The jobs in small, to see that a script works."""

@@ -93,3 +93,12 @@ def test_a_script_runs_in_small(script: str, tmp_path: Path) -> None:
         assert "the simulator's bound is" in done.stdout
     else:
         assert "Outside kernels: at most" in done.stdout
+
+
+def test_memory_by_kind_adds_up_to_what_is_resident() -> None:
+    import memory
+
+    living = {"weights": 2 << 30, "gradients": 4 << 30, "optimizer": 12 << 30, "activations": 1 << 29, "logits": 0}
+    text = memory.table("J1", "bf16", 2, living, 1 << 30, 1 << 28, 20 << 30)
+    sizes = [float(line.split("|")[2]) for line in text.splitlines() if line[:2] == "| " and "GiB" not in line]
+    assert sizes == [0.25, 2.0, 4.0, 12.0, 0.5, 1.25, 20.0] and "its copies: 12.00 GiB more" in text
