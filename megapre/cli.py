@@ -22,7 +22,7 @@ from megapre.config.schema import Config
 from megapre.resilience import environment
 from megapre.resilience.ranks import ALONE, NodePlan, Ranks, discover, launched_world
 from megapre.resilience.signals import STOP_SIGNALS, StopRequest
-from megapre.resilience.worker import BAD_JOB, DONE, FAILED, STOPPED, is_refusal
+from megapre.resilience.worker import BAD_JOB, DONE, FAILED, STOPPED, is_refusal, sentence
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        if not is_refusal(error):
+        if not sentence(error):
             raise
         if _speaks(error):
-            print(f"megapre: {error}", file=sys.stderr, flush=True)
-        return BAD_JOB
+            print(sentence(error), file=sys.stderr, flush=True)
+        return BAD_JOB if is_refusal(error) else FAILED
 
 
 def train(args: argparse.Namespace) -> int:

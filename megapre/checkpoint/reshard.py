@@ -13,13 +13,14 @@ from math import prod
 import torch
 from torch import Tensor
 
+from megapre.config.check import RunError
 from megapre.parallel.placement import Address
 
 MAX_DIMS = 16
 MAX_ELEMENTS = 2**63 - 1
 
 
-class CheckpointError(ValueError):
+class CheckpointError(RunError, ValueError):
     """A checkpoint cannot be written, read or trusted; one sentence says why."""
 
 

@@ -25,6 +25,10 @@ class ConfigError(ValueError):
     """A job that cannot run, in one sentence for the person who wrote it."""
 
 
+class RunError(Exception):
+    """What ended a run that is no defect of the program, in one sentence; the exit code is that of a failure."""
+
+
 def check(config: Config, world_size: int | None = None) -> Config:
     """Return ``config`` with ``parallel.data`` resolved, or raise `ConfigError`.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import megapre
-from megapre.config.check import ConfigError
+from megapre.config.check import ConfigError, RunError
 from megapre.resilience.output import redirect
 from megapre.resilience.pulse import PulseFile
 
@@ -80,6 +80,11 @@ def is_refusal(error: BaseException) -> bool:
     return type(error) is ValueError and bool(frames) and package in Path(frames[-1].filename).parents
 
 
+def sentence(error: BaseException) -> str:
+    """What the user is told of an error that needs no traceback, "" for a defect."""
+    return f"megapre: {error}" if isinstance(error, RunError) or is_refusal(error) else ""
+
+
 def run(target: Callable[[list[str]], int], argv: list[str], board: Board) -> int:
     """Run ``target(argv)`` as one rank and return its exit code; a crash ends the process with code 1.
 
@@ -112,7 +117,7 @@ def run(target: Callable[[list[str]], int], argv: list[str], board: Board) -> in
     try:
         code = target(argv)
     except BaseException as error:
-        text = f"megapre: {error}\n" if is_refusal(error) else traceback.format_exc()
+        text = f"{sentence(error)}\n" if sentence(error) else traceback.format_exc()
         left = Path(board.folder, f"rank_{rank}.txt")
         left.write_text(text, encoding="utf-8", errors="replace")
         now = time.monotonic_ns()  # the supervisor asks which rank was the first: the wall clock may have jumped

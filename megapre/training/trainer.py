@@ -191,8 +191,7 @@ class Trainer:
         """Write a checkpoint of the current step; only of the last one is a failure the end of the run."""
         with self.throughput.pause():
             if last:
-                self._write()
-                self.saver.finish()
+                self._write_last()
                 self.saved = self.done
             else:
                 self.saved = self.done
@@ -207,6 +206,16 @@ class Trainer:
             self.copies = False
             self.saver.prepare(self.step.pieces(share=True), self.config.checkpoint.host_memory)
         self._write()
+
+    def _write_last(self) -> None:
+        try:
+            self._write()
+            self.saver.finish()
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; step {self.done} was to be the last that is saved: make room in {self.saver.root} or "
+                "repair the mount, then start the job again"
+            ) from error
 
     def _reported(self, action: Callable[..., None], *args: int) -> None:
         """Do what may fail for want of a disk without the run: all ranks raise the same error, and go on."""

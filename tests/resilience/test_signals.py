@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
+from megapre.checkpoint.reshard import CheckpointError
 from megapre.resilience.environment import ALLOCATOR, DEVICE, prepare, shown, threads_per_rank, uses_glibc
 from megapre.resilience.signals import STOP_SIGNALS, StopRequest
-from megapre.resilience.worker import is_refusal
+from megapre.resilience.worker import is_refusal, sentence
 
 
 @pytest.fixture(autouse=True)
@@ -100,5 +101,7 @@ def test_only_our_own_value_errors_are_refusals() -> None:
     assert is_refusal(ConfigError("a"))
     assert is_refusal(caught(lambda: check(from_dict({"model": {"heads": 3}}))))
     assert is_refusal(caught(lambda: launch(3, lambda argv: 0, [], nnodes=2)))
-    assert not is_refusal(caught(lambda: int("x")))
+    assert not is_refusal(caught(lambda: int("x"))) and not sentence(caught(lambda: int("x")))
+    assert sentence(ConfigError("a")) == sentence(CheckpointError("a")) == "megapre: a"
+    assert not is_refusal(CheckpointError("a")), "a disk may have room again: the exit code is that of a failure"
     assert not is_refusal(caught(lambda: {}["x"]))

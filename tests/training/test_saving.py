@@ -8,15 +8,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import replace
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megapre import cli
 from megapre.checkpoint import store
 from megapre.checkpoint.store import list_checkpoints
 from megapre.checkpoint.writer import Saver
+from megapre.config.load import to_toml
 from megapre.config.schema import Config
 from megapre.monitor.metrics import Monitor
 from megapre.resilience.lock import run_lock
@@ -29,18 +33,23 @@ from tests.training.jobs import corpus, events, job, losses, run, same
 
 def run_on_a_full_disk(ranks: Ranks, config: Config, first: int, last: int) -> int:
     """Rank 1's shards of steps [first, last] find no space."""
+    return on_a_full_disk(lambda: run(ranks, config), "rank_" if ranks.rank == 1 else "no file", first, last)
+
+
+def on_a_full_disk(action: Callable[[], int], name: str, first: int, last: int) -> int:
+    """``action``, in which files of that name find no space in checkpoints of steps [first, last]."""
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         step = path.parent.name[5:12]
-        if ranks.rank == 1 and "rank_" in path.name and step.isdigit() and first <= int(step) <= last:
+        if name in path.name and step.isdigit() and first <= int(step) <= last:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
     os.fsync = fsync
     try:
-        return run(ranks, config)
+        return action()
     finally:
         os.fsync = real
 
@@ -95,6 +104,23 @@ def test_a_last_save_that_fails_is_the_failure_of_the_run(pool: RankPool, tmp_pa
         raise AssertionError("the run claims to have saved")
     assert [entry.step for entry in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2]
     assert "No space left on device" in events(tmp_path / "run")[-1]["error"]
+
+
+def told_by_the_command(ranks: Ranks, path: Path) -> tuple[int, str]:
+    """``megapre train`` as a user calls it, whose shard of step 4 finds no space: exit code and stderr."""
+    said = StringIO()
+    with redirect_stderr(said):
+        code = on_a_full_disk(lambda: cli.main(["train", str(path)]), "rank_0", 4, 4)
+    return code, said.getvalue()
+
+
+def test_a_last_save_that_fails_is_told_in_one_sentence(pool: RankPool, tmp_path: Path) -> None:
+    config = job(corpus(tmp_path / "text"), tmp_path / "run", parse("1x1x1"), steps=4, interval=2)
+    path = tmp_path / "job.toml"
+    path.write_text(to_toml(config))
+    ((code, said),) = pool.run(1, told_by_the_command, path)
+    assert code == 1 and len(said.splitlines()) == 1 and said.startswith("megapre: the checkpoint was not saved"), said
+    assert "No space left on device; step 4 was to be the last" in said
 
 
 def run_on_a_slow_disk(ranks: Ranks, config: Config) -> int:
