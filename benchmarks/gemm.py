@@ -111,6 +111,10 @@ def adamw(count: int = 4_000_000) -> Callable[[], Any]:
     )
 
 
+REPEATS = 20
+"""Products timed at once: what a second thread has spent is known at the system's ticks alone, some ms apart."""
+
+
 def ceiling(dtype: str, threads: int = 1, rounds: int = 3) -> tuple[float, float, float]:
     """FLOP/s of wall time and of a CPU second of all products of `SIZES` together, and the latter of the fastest.
 
@@ -124,9 +128,10 @@ def ceiling(dtype: str, threads: int = 1, rounds: int = 3) -> tuple[float, float
         times = []
         for _ in range(rounds):
             wall, cpu = time.perf_counter(), time.process_time()
-            torch.mm(x, w.T, out=y)
+            for _ in range(REPEATS):
+                torch.mm(x, w.T, out=y)
             times.append((time.perf_counter() - wall, time.process_time() - cpu))
-        found.append((2.0 * y.numel() * inputs, min(t[0] for t in times), min(t[1] for t in times)))
+        found.append((2.0 * y.numel() * inputs * REPEATS, min(t[0] for t in times), min(t[1] for t in times)))
     work, wall, cpu = (sum(column) for column in zip(*found))
     return work / wall, work / cpu, max(flops / seconds for flops, _, seconds in found)
 
