@@ -8,7 +8,6 @@ namespace MEGAPRE_VARIANT {
 
 constexpr int64_t SIDE = 32;    // of a block of four tiles
 constexpr int64_t DEPTH = 384;  // of a product at a time: 24 KiB of A
-constexpr int64_t WHOLE = INT64_MAX;
 
 // C [32, 32] (+)= A [32, k] B [k, 32] over `steps` of 32 along k: A's blocks lie `apart`, B is a panel. Tiles multiply
 // beside everything else, so `beside()` has work for the processor's other units, a piece a step. The barriers keep
@@ -61,23 +60,6 @@ struct Deal {
 // Memory that the next piece of work will read, asked for a line at a time.
 INLINE void ask(const void* at, int64_t line) { __builtin_prefetch((const char*)at + line * 64, 0, 2); }
 
-// Blocks [first, last) of 32 rows of x, 32 columns at a time, from memory to `pack(rows, count, block, column)`; the
-// next block is asked for in the order of memory meanwhile.
-template <class F>
-static void by_blocks(const bf16* x, int64_t stride, int64_t rows, int64_t width, int64_t first, int64_t last, F pack) {
-  for (int64_t block = first; block < last; block++) {
-    const bf16* from = x + block * SIDE * stride;
-    const int64_t count = rows - block * SIDE < SIDE ? rows - block * SIDE : SIDE;
-    const bool more = block + 1 < last && rows >= (block + 2) * SIDE;
-    for (int64_t j = 0; j < width; j += SIDE) {
-      if (more)
-        for (int64_t i = j; i < j + SIDE; i++)  // 64 bytes each: width / 32 of them make a row
-          __builtin_prefetch(from + (SIDE + i / (width / SIDE)) * stride + i % (width / SIDE) * SIDE, 0, 2);
-      pack(from + j, count, block, j);
-    }
-  }
-}
-
 // 16 columns of 32 rows, of which `count` exist, to 16 rows of A; `pairs`: scratch of 16 x 16 words.
 INLINE void turn_group(const bf16* rows, int64_t stride, int64_t count, uint32_t* pairs, uint32_t* to) {
   for (int64_t i = 0; i < SIDE; i += 2) {
@@ -88,6 +70,55 @@ INLINE void turn_group(const bf16* rows, int64_t stride, int64_t count, uint32_t
     memcpy(pairs + i / 2 * LANES, &w, sizeof w);
   }
   transpose(pairs, LANES, to, LANES, LANES, LANES);
+}
+
+// 16 x 16 words in registers, turned, to rows 0 to 3, 8 to 11, 16 to 19 and 24 to 27 of A.
+INLINE void turn_words(__m512i* r, bf16* to) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; k++) {
+    t[2 * k] = _mm512_unpacklo_epi32(r[2 * k], r[2 * k + 1]);
+    t[2 * k + 1] = _mm512_unpackhi_epi32(r[2 * k], r[2 * k + 1]);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; k++) {
+    r[4 * k] = _mm512_unpacklo_epi64(t[4 * k], t[4 * k + 2]);
+    r[4 * k + 1] = _mm512_unpackhi_epi64(t[4 * k], t[4 * k + 2]);
+    r[4 * k + 2] = _mm512_unpacklo_epi64(t[4 * k + 1], t[4 * k + 3]);
+    r[4 * k + 3] = _mm512_unpackhi_epi64(t[4 * k + 1], t[4 * k + 3]);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; k++) {  // 128-bit part p of r[4 q + k]: word 4 p + k of rows 4 q ..
+    const __m512i x = _mm512_shuffle_i32x4(r[k], r[4 + k], 0x44), y = _mm512_shuffle_i32x4(r[k], r[4 + k], 0xee);
+    const __m512i z = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0x44);
+    const __m512i w = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0xee);
+    _mm512_storeu_si512(to + k * SIDE, _mm512_shuffle_i32x4(x, z, 0x88));
+    _mm512_storeu_si512(to + (8 + k) * SIDE, _mm512_shuffle_i32x4(x, z, 0xdd));
+    _mm512_storeu_si512(to + (16 + k) * SIDE, _mm512_shuffle_i32x4(y, w, 0x88));
+    _mm512_storeu_si512(to + (24 + k) * SIDE, _mm512_shuffle_i32x4(y, w, 0xdd));
+  }
+}
+
+// 32 columns of 32 rows to 32 rows of A. Each line is read once: of rows a power of two apart few fit in the cache.
+INLINE void turn_block(const bf16* rows, int64_t stride, bf16* to) {
+  alignas(64) __m512i kept[16];
+  __m512i r[16];
+#pragma GCC unroll 16
+  for (int p = 0; p < 16; p++) {
+    const __m512i a = _mm512_loadu_si512(rows + 2 * p * stride), b = _mm512_loadu_si512(rows + (2 * p + 1) * stride);
+    r[p] = _mm512_unpacklo_epi16(a, b);  // columns 0 to 3, 8 to 11, ..: parts of 128 bits
+    kept[p] = _mm512_unpackhi_epi16(a, b);
+  }
+  turn_words(r, to);
+  turn_words(kept, to + 4 * SIDE);
+}
+
+// 32 columns of two rows as words.
+INLINE void pair_line(__m512i a, __m512i b, uint32_t* to) {
+  const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);  // unpacking takes half of each part of 128 bits
+  const __m512i x = _mm512_permutexvar_epi64(order, a), y = _mm512_permutexvar_epi64(order, b);
+  _mm512_storeu_si512(to, _mm512_unpacklo_epi16(x, y));
+  _mm512_storeu_si512(to + LANES, _mm512_unpackhi_epi16(x, y));
 }
 
 }  // namespace MEGAPRE_VARIANT

@@ -184,7 +184,9 @@ void add_product_(Tensor& main_grad, const Tensor& dy, const Tensor& x) {
                     "add_product: bf16 dy [n, out] and x [n, in] and a contiguous fp32 sum [out, in] with multiples of "
                     "32 are needed, got ", dy.sizes(), ", ", x.sizes(), " and ", main_grad.sizes());
   const int64_t width = x.size(1), outputs = dy.size(1);
-  const int64_t height = std::clamp<int64_t>((1 << 19) / std::max<int64_t>(width, 1) / SIDE * SIDE, 256, 2048);
+  const int64_t most = std::clamp<int64_t>((1 << 19) / std::max<int64_t>(width, 1) / SIDE * SIDE, 256, 2048);
+  const int64_t slabs = std::max<int64_t>((x.size(0) + most - 1) / most, 1);  // each reads and writes the whole sum
+  const int64_t height = std::max(round_up((x.size(0) + slabs - 1) / slabs), SIDE);
   for (int64_t first = 0; first < x.size(0); first += height) {
     const int64_t rows = std::min(height, x.size(0) - first), padded = round_up(rows);
     const Tensor turned = packed(dy.narrow(0, first, rows), padded, chosen()->pack_turned);

@@ -27,28 +27,31 @@ static void pack_features(const void* x_, int64_t stride, int64_t rows, int64_t 
 
 static void pack_places(const void* x, int64_t stride, int64_t rows, int64_t padded, int64_t width, void* words,
                         int64_t first, int64_t last) {
-  const auto pack = [&](const bf16* from, int64_t count, int64_t block, int64_t j) INLINED {
-    uint32_t* to = (uint32_t*)words + j / SIDE * (padded / 2) * SIDE + block * 16 * SIDE;
-    for (int64_t i = 0; i < SIDE; i += 2)
-      for (int64_t half = 0; half < SIDE; half += LANES) {
-        Halves a = {}, b = {};
-        if (i < count) memcpy(&a, from + i * stride + half, sizeof a);
-        if (i + 1 < count) memcpy(&b, from + (i + 1) * stride + half, sizeof b);
-        const Words w = widen(a) | widen(b) << 16;
-        memcpy(to + i / 2 * SIDE + half, &w, sizeof w);
-      }
-  };
-  by_blocks((const bf16*)x, stride, rows, width, first, last, pack);
+  for (int64_t i = first * SIDE; i < last * SIDE; i += 2) {
+    const bf16* from = (const bf16*)x + i * stride;
+    uint32_t* to = (uint32_t*)words + i / 2 * SIDE;
+    for (int64_t j = 0; j < width; j += SIDE, to += padded / 2 * SIDE) {
+      const __m512i zero = _mm512_setzero_si512();
+      pair_line(i < rows ? _mm512_loadu_si512(from + j) : zero,
+                i + 1 < rows ? _mm512_loadu_si512(from + stride + j) : zero, to);
+    }
+  }
 }
 
 static void pack_turned(const void* x, int64_t stride, int64_t rows, int64_t padded, int64_t width, void* blocks,
                         int64_t first, int64_t last) {
-  alignas(64) uint32_t pairs[LANES * LANES];
-  const auto pack = [&](const bf16* from, int64_t count, int64_t block, int64_t j) INLINED {
-    uint32_t* to = (uint32_t*)blocks + j * (padded / 2) + block * 16 * SIDE;
-    for (int64_t half = 0; half < SIDE; half += LANES) turn_group(from + half, stride, count, pairs, to + half * LANES);
-  };
-  by_blocks((const bf16*)x, stride, rows, width, first, last, pack);
+  alignas(64) bf16 ragged[SIDE * SIDE];
+  for (int64_t i = first * SIDE; i < last * SIDE; i += SIDE)
+    for (int64_t j = 0; j < width; j += SIDE) {
+      const bf16* from = (const bf16*)x + i * stride + j;
+      bf16* to = (bf16*)blocks + j * padded + i * SIDE;
+      if (i + SIDE <= rows) {
+        turn_block(from, stride, to);
+      } else {
+        copy_rows(ragged, SIDE, from, stride, rows - i, SIDE, SIDE);
+        turn_block(ragged, SIDE, to);
+      }
+    }
 }
 
 // --- the output layer's loss ----------------------------------------------------------------------------------------
@@ -360,13 +363,19 @@ static void store_features(const HeadChunk& h, const float* sum, void* dx, int64
 
 static void weight_gradient(const void* turned, int64_t padded, const void* words, int64_t width, float* main_grad,
                             int64_t begin, int64_t end) {
+  const int64_t parts = (padded + DEPTH - 1) / DEPTH, depth = round_up((padded + parts - 1) / parts, SIDE);
   for (int64_t row = begin; row < end; row += SIDE) {
     float* sums = main_grad + row * width;
-    const bf16* a = (const bf16*)turned + row * padded;
-    Deal ahead = {row + SIDE < end ? SIDE * width / 16 : 0, padded / SIDE * (width / SIDE)};
-    multiply<WHOLE>(sums, width, a, (const uint32_t*)words, width, padded, [&]() INLINED {
-      ahead.step([&](int64_t line) INLINED { ask(sums + SIDE * width, line); });
-    });
+    for (int64_t l = 0; l < padded; l += depth)
+      for (int64_t j = 0; j < width; j += SIDE) {
+        const int64_t steps = least(padded - l, depth) / SIDE;
+        const float* next = sums + SIDE * width + j;
+        Deal ahead = {l == 0 && row + SIDE < end ? 2 * SIDE : 0, steps};
+        block<true>(sums + j, width, (const bf16*)turned + row * padded + l * SIDE, SIDE, SIDE * SIDE,
+                    (const uint32_t*)words + j * (padded / 2) + l / 2 * SIDE, steps, [&]() INLINED {
+                      ahead.step([&](int64_t line) INLINED { ask(next + line / 2 * width, line % 2); });
+                    });
+      }
   }
 }
 
