@@ -1,13 +1,17 @@
-"""What ``benchmarks/gemm.py`` times, and the profile that it writes."""
+"""What ``benchmarks/gemm.py`` and ``collectives.py`` time, and what they write."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gemm
+from benchmarks import collectives, gemm
+from megapre.config.check import ConfigError
 from megapre.config.schema import KernelsConfig
 from megapre.kernels.registry import choose
+from megapre.parallel.comm import Axis, Done
 from megapre.planner import hardware
 
 
@@ -39,3 +43,31 @@ def test_the_layers_that_are_timed_do_all_three_products(dtype: torch.dtype) -> 
     wanted = [(y, x @ weight.T), (dx, dy @ weight), (layer.weight.main_grad, dy.float().T @ x.float())]
     for found, truth in wanted:
         assert (found.float() - truth.float()).norm() < 0.01 * truth.float().norm()
+
+
+def test_every_operation_is_timed_on_every_axis_and_its_result_held_to_the_truth() -> None:
+    command = [sys.executable, collectives.__file__, "--parallel", "tensor=2", "data=2", "--rounds", "1"]
+    done = subprocess.run([*command, "--sizes", "4K", "6"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line[:2] == "| "]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
+    assert [row[:3] for row in rows] == [[a, "2", op] for a in ("tensor", "data") for op in collectives.OPERATIONS]
+    assert all(float(cell) >= 0 for row in rows for cell in row[3:])
+
+
+def test_a_wrong_result_has_no_speed() -> None:
+    result, alone = torch.ones(4), Axis("alone")
+    assert collectives.timed(collectives.Case(Done, result, torch.ones(4)), alone, torch.device("cpu"), 3) is not None
+    assert collectives.timed(collectives.Case(Done, result, torch.ones(4)), alone, torch.device("cpu"), 3) is None
+    sizes = [1 << 12, 1 << 20]
+    name = ("data", 4, "all-reduce")
+    text = collectives.table({(*name, 1 << 12): 1e-4, (*name, 1 << 20): None}, sizes)
+    assert text[0] == "| axis | ranks | operation | us at 4 KiB | GB/s at 4 KiB | GB/s at 1 MiB |"
+    assert text[2] == "| data | 4 | all-reduce | 100 | 0.0614 | wrong |", "1.5 x 4096 bytes in 100 us"
+
+
+@pytest.mark.parametrize(("settings", "part"), [(["tensor"], "takes axis=ranks"), (["tensr=2"], "tensor")])
+def test_a_layout_that_is_none_is_refused(settings: list[str], part: str) -> None:
+    with pytest.raises((ConfigError, ValueError), match=part):
+        collectives.layout(settings)
+    assert collectives.layout(["tensor=2", "context=2", "pipeline=2", "expert=2"]).parallel.expert == 2
