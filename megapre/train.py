@@ -75,6 +75,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest, *, profile: bool = Fals
         monitor.started(int(state.get("step", 0)), state.get("monitor"), attempt=attempt, ranks=ranks.world)
         pulse.resumed(int(state.get("step", 0)))
         place: dict[str, Any] = {"vocab_size": vocab_size, "data_rank": grid.data.rank, "data_size": grid.data.size}
+        pace = Pace(grid, waits, monitor.text)
         trainer = Trainer(
             config,
             engine.step,
@@ -83,7 +84,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest, *, profile: bool = Fals
             monitor,
             Throughput(config, vocab_size, grid.world.size, device.type),
             stop.requested,
-            Guard(config, engine.step, monitor.text, Pace(grid, waits, monitor.text)),
+            Guard(config, engine.step, monitor.text, pace),
             state,
         )
         if profile:
@@ -102,6 +103,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest, *, profile: bool = Fals
             if streamed := trainer.loader.report():
                 monitor.text(streamed)
             trainer.loader.close()
+            pace.close()
             monitor.close()
 
 

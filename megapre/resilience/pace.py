@@ -132,18 +132,21 @@ class Pace:
         self._laps.clear()
         found = slow([(int(stage), own) for stage, own in every.view(-1, 2).tolist()], self._best)
         sure = {rank: told for rank, told in found.items() if rank in self._suspects and rank not in self._named}
+        seen = self.close()
         if sure:
-            doing = self._host.gather_text(self._sampler.stop() if self._sampler else "")
+            doing = self._host.gather_text(seen)
             for rank, told in sure.items():
                 where = f", mostly in {doing[rank]}" if doing[rank] else ""
                 self._say(f"step {index + 1}: rank {rank} is slow: {told}{where}")
-        if self._sampler:
-            self._sampler.stop()
-            self._sampler = None
         self._suspects = set(found)
         self._named = (self._named | set(sure)) & set(found)  # one that was well again is told anew
         if self._host.rank in self._suspects - self._named:
             self._sampler = Sampler()
+
+    def close(self) -> str:
+        """Look no longer at what this rank does, if it is a suspect; what it did mostly."""
+        sampler, self._sampler = self._sampler, None
+        return sampler.stop() if sampler else ""
 
 
 def slow(laps: list[tuple[int, float]], best: dict[int, float]) -> dict[int, str]:

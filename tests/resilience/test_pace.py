@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -104,7 +105,9 @@ def run_slow(ranks: Ranks, config: Config, where: str) -> int:
         return real(self, *args, **named)
 
     with patched(owner, name, delayed):
-        return run_with(ranks, config, "", 0, -1)
+        code = run_with(ranks, config, "", 0, -1)
+    assert not any(thread.name == "straggler-sampler" for thread in threading.enumerate())
+    return code
 
 
 @pytest.mark.parametrize("where", ["loader", pytest.param("backward", marks=pytest.mark.nightly)])
@@ -116,3 +119,8 @@ def test_a_rank_that_is_slow_is_named_with_its_phase_within_twenty_steps(
     assert pool.run(4, run_slow, config, where) == [0] * 4
     told = re.findall(r"step (\d+): rank 1 is slow: .* ms a step for itself, .* mostly in (\w+)", heard(config))
     assert told and int(told[0][0]) <= 20, heard(config)
+
+
+def test_a_run_that_ends_no_longer_looks_at_its_suspect(pool: RankPool, tmp_path: Path) -> None:
+    config = job(corpus(tmp_path / "text"), tmp_path / "run", parse("1x2x2"), steps=10, interval=0)
+    assert pool.run(4, run_slow, config, "loader") == [0] * 4  # a suspect since step 8
