@@ -25,3 +25,21 @@ def test_value(version, shape, dtype):
     for _ in range(2):
         function(apart, dy, x)
     assert error(apart, main) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", (421, 709))  # two and three slabs of rows, the last one ragged
+def test_threads_do_not_change_a_bit_of_slabs(rows):
+    generator = torch.Generator().manual_seed(rows)
+    apart, x = (torch.randn(rows, n, generator=generator).bfloat16() for n in (99, 2048))
+    dy, kept, found = apart[:, 1:97], torch.get_num_threads(), []
+    function = load(versions("weight_gradient_")[0], torch.bfloat16)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            main = torch.ones(96, 2048)
+            function(main, dy, x)
+            found.append(main)
+    finally:
+        torch.set_num_threads(kept)
+    assert error(found[0] - 1, dy.double().t() @ x.double()) <= TOLERANCE[torch.bfloat16]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
