@@ -6,20 +6,18 @@ spend waiting for peers: the step's time less that of ``Work.wait`` (on a GPU le
 
 from __future__ import annotations
 
-import faulthandler
-import re
+import signal
 import statistics
-import tempfile
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from types import FrameType
 
 import torch
 
 from megapre.parallel.comm import Axis, Work
 from megapre.parallel.grid import Grid
-from megapre.resilience.hang import phase
+from megapre.resilience.hang import phase_of
 
 WINDOW = 8
 """Steps between comparisons of the ranks' medians. A rank is named when two windows in a row find it slow."""
@@ -31,8 +29,6 @@ SAMPLE = 0.02
 """Seconds between looks at what a suspect does."""
 LEAST = 1e-3
 """Seconds a step: shorter ones are noise."""
-THREAD = re.compile(r"hread 0x([0-9a-f]+)[^\n]*\n((?:  .*\n)*)")
-"""A thread's name and stack as faulthandler writes them."""
 
 
 Event = torch.cuda.Event
@@ -167,31 +163,32 @@ def slow(laps: list[tuple[int, float]], best: dict[int, float]) -> dict[int, str
     return found
 
 
-class Sampler(threading.Thread):
-    """Looks at the calling thread's stack until `stop`."""
+class Sampler:
+    """Looks at the stack of the main thread, which makes it, until `stop`.
+
+    A timer's signal has the thread look at itself between two of its instructions: the frames of a thread that runs on
+    meanwhile cannot be walked from another one without the risk of reading freed memory.
+    """
 
     def __init__(self) -> None:
-        super().__init__(name="straggler-sampler", daemon=True)
-        self._who = threading.get_ident()
         self._seen: Counter[str] = Counter()
-        self._stopped = threading.Event()
-        self.start()
+        self._last = time.monotonic()
+        self._before = signal.signal(signal.SIGALRM, self._look)
+        signal.siginterrupt(signal.SIGALRM, False)
+        signal.setitimer(signal.ITIMER_REAL, SAMPLE, SAMPLE)
 
-    def run(self) -> None:
-        """Thread body."""
-        with tempfile.TemporaryFile("w+") as file:
-            while not self._stopped.wait(SAMPLE):
-                # In one go: to walk the frames of a thread that runs on meanwhile can end in freed memory.
-                file.truncate(0)
-                faulthandler.dump_traceback(file, all_threads=True)
-                file.seek(0)
-                stacks = {int(who, 16): stack for who, stack in THREAD.findall(file.read())}
-                file.seek(0)
-                self._seen[phase(stacks.get(self._who, ""))] += 1
+    def _look(self, _: int, frame: FrameType | None) -> None:
+        frames = []
+        while frame is not None:
+            frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+            frame = frame.f_back
+        now, before = time.monotonic(), self._last
+        self._last = now
+        self._seen[phase_of(frames)] += round(1e6 * (now - before))  # a call into C is interrupted at its end alone
 
     def stop(self) -> str:
-        """The phase it was seen in most often but for waiting; empty when it was seen in none."""
-        self._stopped.set()
-        self.join()
+        """The phase it was seen in longest but for waiting; empty when it was seen in none."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._before or signal.SIG_DFL)
         self._seen.pop("collective", None)
         return self._seen.most_common(1)[0][0] if self._seen else ""
