@@ -294,7 +294,7 @@ KERNELS = (
         "megapre/kernels/linear_cross_entropy.py",
         "    return top, (totals * torch.exp(maxima - base)).sum(0), targets.sum(0), levels.sum(0)",
         "    return top, totals.sum(0), targets.sum(0), levels.sum(0)",
-        "tests/kernels/test_linear_cross_entropy.py::test_logits_far_from_zero[low-0.0]",
+        "tests/kernels/test_linear_cross_entropy.py::test_losses_and_gradients[cpp-(33, 32, 1088, 1050)-dtype1-plain]",
         "The head's blocks of columns merged as if they had one maximum",
     ),
 )
