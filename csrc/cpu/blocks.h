@@ -60,45 +60,6 @@ struct Deal {
 // Memory that the next piece of work will read, asked for a line at a time.
 INLINE void ask(const void* at, int64_t line) { __builtin_prefetch((const char*)at + line * 64, 0, 2); }
 
-// 16 columns of 32 rows, of which `count` exist, to 16 rows of A; `pairs`: scratch of 16 x 16 words.
-INLINE void turn_group(const bf16* rows, int64_t stride, int64_t count, uint32_t* pairs, uint32_t* to) {
-  for (int64_t i = 0; i < SIDE; i += 2) {
-    Halves a = {}, b = {};
-    if (i < count) memcpy(&a, rows + i * stride, sizeof a);
-    if (i + 1 < count) memcpy(&b, rows + (i + 1) * stride, sizeof b);
-    const Words w = widen(a) | widen(b) << 16;
-    memcpy(pairs + i / 2 * LANES, &w, sizeof w);
-  }
-  transpose(pairs, LANES, to, LANES, LANES, LANES);
-}
-
-// 16 x 16 words in registers, turned, to rows 0 to 3, 8 to 11, 16 to 19 and 24 to 27 of A.
-INLINE void turn_words(__m512i* r, bf16* to) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int k = 0; k < 8; k++) {
-    t[2 * k] = _mm512_unpacklo_epi32(r[2 * k], r[2 * k + 1]);
-    t[2 * k + 1] = _mm512_unpackhi_epi32(r[2 * k], r[2 * k + 1]);
-  }
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; k++) {
-    r[4 * k] = _mm512_unpacklo_epi64(t[4 * k], t[4 * k + 2]);
-    r[4 * k + 1] = _mm512_unpackhi_epi64(t[4 * k], t[4 * k + 2]);
-    r[4 * k + 2] = _mm512_unpacklo_epi64(t[4 * k + 1], t[4 * k + 3]);
-    r[4 * k + 3] = _mm512_unpackhi_epi64(t[4 * k + 1], t[4 * k + 3]);
-  }
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; k++) {  // 128-bit part p of r[4 q + k]: word 4 p + k of rows 4 q ..
-    const __m512i x = _mm512_shuffle_i32x4(r[k], r[4 + k], 0x44), y = _mm512_shuffle_i32x4(r[k], r[4 + k], 0xee);
-    const __m512i z = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0x44);
-    const __m512i w = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0xee);
-    _mm512_storeu_si512(to + k * SIDE, _mm512_shuffle_i32x4(x, z, 0x88));
-    _mm512_storeu_si512(to + (8 + k) * SIDE, _mm512_shuffle_i32x4(x, z, 0xdd));
-    _mm512_storeu_si512(to + (16 + k) * SIDE, _mm512_shuffle_i32x4(y, w, 0x88));
-    _mm512_storeu_si512(to + (24 + k) * SIDE, _mm512_shuffle_i32x4(y, w, 0xdd));
-  }
-}
-
 // 32 columns of 32 rows to 32 rows of A. Each line is read once: of rows a power of two apart few fit in the cache.
 INLINE void turn_block(const bf16* rows, int64_t stride, bf16* to) {
   alignas(64) __m512i kept[16];
@@ -109,8 +70,13 @@ INLINE void turn_block(const bf16* rows, int64_t stride, bf16* to) {
     r[p] = _mm512_unpacklo_epi16(a, b);  // columns 0 to 3, 8 to 11, ..: parts of 128 bits
     kept[p] = _mm512_unpackhi_epi16(a, b);
   }
-  turn_words(r, to);
-  turn_words(kept, to + 4 * SIDE);
+  turn_registers(r);
+  turn_registers(kept);
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; k++) {
+    _mm512_storeu_si512(to + (k / 4 * 8 + k % 4) * SIDE, r[k]);
+    _mm512_storeu_si512(to + (k / 4 * 8 + k % 4 + 4) * SIDE, kept[k]);
+  }
 }
 
 // 32 columns of two rows as words.

@@ -158,7 +158,7 @@ void head_gradient_(const Tensor& x, const Tensor& weight, const Tensor& targets
   const Tensor sum = at::zeros({c.width, c.padded}, main_grad.options());
   for (int64_t first = 0; first < weight.size(0); first += BLOCK) {
     const int64_t height = std::min(BLOCK, weight.size(0) - first);
-    ranges(x, height / SIDE, 4 * SIDE * c.padded + 1216, [&](int64_t begin, int64_t end, void* scratch) {
+    ranges(x, height / SIDE, 4 * SIDE * c.padded, [&](int64_t begin, int64_t end, void* scratch) {
       begin = first + begin * SIDE, end = first + end * SIDE;
       if (grown) chosen()->slopes(c, first, height, grown + first / BLOCK * c.padded, begin, end);
       chosen()->gradient(c, begin, end, first, height, turned.mutable_data_ptr(), scratch);

@@ -171,6 +171,33 @@ struct Tiles {
 
 // --- packing --------------------------------------------------------------------------------------------------------
 
+#if defined(__AVX512F__)
+// 16 x 16 words of 32 bits, turned in place.
+INLINE void turn_registers(__m512i* r) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; k++) {
+    t[2 * k] = _mm512_unpacklo_epi32(r[2 * k], r[2 * k + 1]);
+    t[2 * k + 1] = _mm512_unpackhi_epi32(r[2 * k], r[2 * k + 1]);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; k++) {
+    r[4 * k] = _mm512_unpacklo_epi64(t[4 * k], t[4 * k + 2]);
+    r[4 * k + 1] = _mm512_unpackhi_epi64(t[4 * k], t[4 * k + 2]);
+    r[4 * k + 2] = _mm512_unpacklo_epi64(t[4 * k + 1], t[4 * k + 3]);
+    r[4 * k + 3] = _mm512_unpackhi_epi64(t[4 * k + 1], t[4 * k + 3]);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; k++) {  // 128-bit part p of r[4 q + k]: word 4 p + k of rows 4 q ..
+    const __m512i x = _mm512_shuffle_i32x4(r[k], r[4 + k], 0x44), y = _mm512_shuffle_i32x4(r[k], r[4 + k], 0xee);
+    const __m512i z = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0x44);
+    const __m512i w = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0xee);
+    r[k] = _mm512_shuffle_i32x4(x, z, 0x88), r[4 + k] = _mm512_shuffle_i32x4(x, z, 0xdd);
+    r[8 + k] = _mm512_shuffle_i32x4(y, w, 0x88), r[12 + k] = _mm512_shuffle_i32x4(y, w, 0xdd);
+  }
+}
+#endif
+
 // dst [columns, rows] of src [rows, columns], words of 32 bits; both multiples of 16.
 static void transpose(const uint32_t* src, int64_t lds, uint32_t* dst, int64_t ldd, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; i += 16)
@@ -178,31 +205,12 @@ static void transpose(const uint32_t* src, int64_t lds, uint32_t* dst, int64_t l
       const uint32_t* from = src + i * lds + j;
       uint32_t* to = dst + j * ldd + i;
 #if defined(__AVX512F__)
-      __m512i r[16], t[16];
+      __m512i r[16];
 #pragma GCC unroll 16
       for (int k = 0; k < 16; k++) r[k] = _mm512_loadu_si512(from + k * lds);
-#pragma GCC unroll 8
-      for (int k = 0; k < 8; k++) {
-        t[2 * k] = _mm512_unpacklo_epi32(r[2 * k], r[2 * k + 1]);
-        t[2 * k + 1] = _mm512_unpackhi_epi32(r[2 * k], r[2 * k + 1]);
-      }
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; k++) {
-        r[4 * k] = _mm512_unpacklo_epi64(t[4 * k], t[4 * k + 2]);
-        r[4 * k + 1] = _mm512_unpackhi_epi64(t[4 * k], t[4 * k + 2]);
-        r[4 * k + 2] = _mm512_unpacklo_epi64(t[4 * k + 1], t[4 * k + 3]);
-        r[4 * k + 3] = _mm512_unpackhi_epi64(t[4 * k + 1], t[4 * k + 3]);
-      }
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; k++) {  // 128-bit part p of r[4 q + k]: column 4 p + k of rows 4 q ..
-        const __m512i x = _mm512_shuffle_i32x4(r[k], r[4 + k], 0x44), y = _mm512_shuffle_i32x4(r[k], r[4 + k], 0xee);
-        const __m512i z = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0x44);
-        const __m512i w = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0xee);
-        _mm512_storeu_si512(to + k * ldd, _mm512_shuffle_i32x4(x, z, 0x88));
-        _mm512_storeu_si512(to + (4 + k) * ldd, _mm512_shuffle_i32x4(x, z, 0xdd));
-        _mm512_storeu_si512(to + (8 + k) * ldd, _mm512_shuffle_i32x4(y, w, 0x88));
-        _mm512_storeu_si512(to + (12 + k) * ldd, _mm512_shuffle_i32x4(y, w, 0xdd));
-      }
+      turn_registers(r);
+#pragma GCC unroll 16
+      for (int k = 0; k < 16; k++) _mm512_storeu_si512(to + k * ldd, r[k]);
 #else
       for (int k = 0; k < 16; k++)
         for (int l = 0; l < 16; l++) to[l * ldd + k] = from[k * lds + l];

@@ -242,13 +242,13 @@ static void logits(const HeadChunk& h, int64_t begin, int64_t end, bool levels, 
 }
 
 // Rows of A in blocks from kept words, in pieces of two rows by 32 columns; rows of the weight as A turned, in groups of
-// 16 columns.
+// 32 columns.
 struct Turn {
   const uint32_t* kept;
   int64_t apart;  // of the kept blocks of two panels, in words
   bf16* rows;
   const bf16* weight;
-  uint32_t *turned, *pairs;
+  bf16* turned;
   int64_t width, turned_apart;
 
   INLINED void piece(int64_t number) const {
@@ -262,23 +262,20 @@ struct Turn {
     _mm512_storeu_si512(rows + number * 2 * SIDE + SIDE, _mm512_permutex2var_epi16(a, odd, b));
   }
   INLINED void group(int64_t number) const {
-    uint32_t* to = turned + number / 2 * turned_apart + number % 2 * LANES * LANES;
-    turn_group(weight + number * LANES, width, SIDE, pairs, to);
+    turn_block(weight + number * SIDE, width, turned + number * turned_apart);
   }
 };
 
 static void gradient(const HeadChunk& h, int64_t begin, int64_t end, int64_t first, int64_t height, void* turned,
                      void* scratch) {
   const int64_t n = h.padded, strip = SIDE * h.width, panels = n / SIDE;
-  const int64_t pieces = panels * (SIDE / 2), groups = h.width / LANES, steps = panels * (h.width / SIDE);
+  const int64_t pieces = panels * (SIDE / 2), groups = h.width / SIDE, steps = panels * (h.width / SIDE);
   Memory memory = {(char*)scratch};
   bf16* slots[2] = {memory.take<bf16>(SIDE * n), memory.take<bf16>(SIDE * n)};
-  uint32_t* pairs = memory.take<uint32_t>(LANES * LANES);
   const auto turn = [&](int64_t row) {
     const int64_t place = (row - first) / SIDE;
     return Turn{kept_at(h, first, first + height, row, 0), height / 2 * SIDE, slots[place % 2],
-                (const bf16*)h.weight + row * h.width, (uint32_t*)turned + place * (SIDE * SIDE / 2), pairs, h.width,
-                height * SIDE / 2};
+                (const bf16*)h.weight + row * h.width, (bf16*)turned + place * SIDE * SIDE, h.width, height * SIDE};
   };
   Turn now = turn(begin);
   for (int64_t number = 0; number < pieces; number++) now.piece(number);

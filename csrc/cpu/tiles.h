@@ -41,7 +41,7 @@ struct TileKernels {
   // Vocabulary rows [begin, end) of a block of `height` that begins at `first`: kept <- kept x grown[padded] - less.
   void (*slopes)(const HeadChunk& c, int64_t first, int64_t height, const float* grown, int64_t begin, int64_t end);
   // The same rows of main_grad += their gradient; and the weight as A turned, [width/32][height/32] blocks of 32 x 32;
-  // scratch: 64 x padded elements and 1 KiB.
+  // scratch: 64 x padded elements.
   void (*gradient)(const HeadChunk& c, int64_t begin, int64_t end, int64_t first, int64_t height, void* turned,
                    void* scratch);
   // Feature rows [begin, end) of sum, [width/32][padded/32] blocks of 32 x 32, += turned weight x gradient, over
