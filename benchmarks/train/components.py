@@ -10,7 +10,6 @@ an upper bound. ``--write`` puts the tables into docs/performance.md.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 import run  # noqa: E402
-from profiles import JOBS, profile, small  # noqa: E402
+from profiles import parser, profile, small  # noqa: E402
 
 from benchmarks.kernels import docs  # noqa: E402
 
@@ -53,13 +52,7 @@ def section(name: str, dtype: str, seen: dict[str, Any], tiny: dict[str, Any]) -
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", choices=tuple(JOBS), default=list(JOBS))
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder for data and runs")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all of this works")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
-    args = parser.parse_args()
+    args = parser(__doc__).parse_args()
     for name in args.jobs:
         overrides = [f"precision.dtype={args.dtype}", "train.threads=1"]
         _, (seen,) = profile(name, [*(small(name) if args.quick else []), *overrides], args.work, f"{name}-profile")

@@ -10,7 +10,6 @@ for themselves, threads. ``--write`` puts the tables into docs/performance.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -79,20 +78,15 @@ def table(name: str, dtype: str, threads: int, living: dict[str, int], parameter
 def main() -> int:
     import job
     import run
-    from profiles import JOBS, small
+    from profiles import JOBS, parser, small
 
     from benchmarks.kernels import docs
     from megapre.verify.trace import trace
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", choices=tuple(JOBS), default=list(JOBS))
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help="steps of the run (default 4)")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder for data and runs")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all of this works")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--steps", type=int, default=4, help="steps of the run (default 4)")
+    args = options.parse_args()
     for name in args.jobs:
         path, folder = HERE / JOBS[name], args.work / "runs" / f"{name}-memory"
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -26,6 +27,17 @@ QUICK = (
 )  # fmt: skip
 QUICK_LLAMA = ("model.kv_heads=2", "model.ffn_hidden=64")
 """The jobs in small, to see that a script works."""
+
+
+def parser(text: str, jobs: tuple[str, ...] = tuple(JOBS)) -> argparse.ArgumentParser:
+    """The options that all scripts about single jobs have."""
+    made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--jobs", nargs="+", choices=tuple(JOBS), default=list(jobs))
+    made.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    made.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder for data and runs")
+    made.add_argument("--quick", action="store_true", help="a tiny model, to see that all of this works")
+    made.add_argument("--write", action="store_true", help="put the results into docs/performance.md")
+    return made
 
 
 def small(name: str) -> list[str]:

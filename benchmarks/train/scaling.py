@@ -11,7 +11,6 @@ gradient reduction and parameter gather of data parallelism with ZeRO-1 beside t
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import job  # noqa: E402
 import picture  # noqa: E402
 import run  # noqa: E402
 import table  # noqa: E402
-from profiles import JOBS, profile, small  # noqa: E402
+from profiles import JOBS, parser, profile, small  # noqa: E402
 from turns import Absent, Arm  # noqa: E402
 
 from benchmarks.kernels import docs  # noqa: E402
@@ -185,14 +184,9 @@ def apart(arms: dict[str, Arm]) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", choices=tuple(JOBS), default=["J2"])
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--steps", type=int, default=10, help="counted steps (default 10)")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder for data and runs")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all of this works")
-    parser.add_argument("--write", action="store_true", help="put table and picture into docs/")
-    args = parser.parse_args()
+    options = parser(__doc__, ("J2",))
+    options.add_argument("--steps", type=int, default=10, help="counted steps (default 10)")
+    args = options.parse_args()
     for name in args.jobs:
         overrides = [*(small(name) if args.quick else []), f"precision.dtype={args.dtype}"]
         config = job.read(HERE / JOBS[name], args.work, overrides)
