@@ -1,9 +1,9 @@
 """Build the native libraries: C++ kernels and data helpers always, CUDA kernels where nvcc is found.
 
 ``megapre/_C*.so``: csrc/cpu, ops of ``torch.ops.megapre``. The kernels are compiled once per instruction set and picked
-at run time, so the library runs on any machine of the architecture. ``megapre/_data.so``: csrc/data, and
-``megapre/_cuda.so``: csrc/cuda, plain C functions without torch; the latter loads without a GPU too. Objects are kept
-and rebuilt when a source, header, command or torch changes.
+at run time, so the library runs on any machine of the architecture. ``megapre/_data.so``: csrc/data,
+``megapre/_host.so``: csrc/host, and ``megapre/_cuda.so``: csrc/cuda, plain C functions without torch; the last loads
+without a GPU too. Objects are kept and rebuilt when a source, header, command or torch changes.
 """
 
 import os
@@ -73,11 +73,12 @@ def cpp_jobs(objects: Path) -> tuple[list[Job], list[str]]:
     return jobs, link
 
 
-def data_jobs(objects: Path) -> tuple[list[Job], list[str]]:
-    """Compilations of the data helpers, which tools use before, or without, torch; and the link flags."""
-    command = [*shlex.split(os.environ.get("CXX", "g++")), "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
-    sources = sorted((CSRC / "data").glob("*.cpp"))
-    return [(command, source, objects / f"data.{source.name}.o") for source in sources], [command[0], "-shared"]
+def plain_jobs(folder: str, objects: Path) -> tuple[list[Job], list[str]]:
+    """Compilations of one folder's C functions, which need no torch, and their link flags."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    command = [*compiler, "-O3", "-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden"]
+    sources = sorted((CSRC / folder).glob("*.cpp"))
+    return [(command, source, objects / f"{folder}.{source.name}.o") for source in sources], [*compiler, "-shared"]
 
 
 def find_nvcc() -> str | None:
@@ -148,7 +149,8 @@ class BuildNative(build_ext):
         for folder in (package, objects):
             folder.mkdir(parents=True, exist_ok=True)
         build(*cpp_jobs(objects), package / Path(self.get_ext_filename("megapre._C")).name)
-        build(*data_jobs(objects), package / "_data.so")
+        for folder in ("data", "host"):
+            build(*plain_jobs(folder, objects), package / f"_{folder}.so")
         nvcc = find_nvcc()
         if nvcc is None:
             print("megapre: no nvcc on PATH or in CUDA_HOME, so no CUDA kernels (the CPU kernels are built)")

@@ -1,4 +1,4 @@
-"""Bandwidth and latency of messages between ranks, by axis of a layout, operation and size: gloo or, on GPUs, NCCL.
+"""Bandwidth and latency of messages between ranks, by axis of a layout, operation and size.
 
     python benchmarks/collectives.py [--parallel tensor=2 data=2] [--sizes 4K 64K 1M 16M 64M] [--rounds 9]
 
@@ -6,7 +6,8 @@ The grid is the one that a job of that layout gets, all groups of an axis work a
 tensor. GB/s are those of the busiest link: 2 (n - 1) / n of the tensor for an all-reduce over n ranks, (n - 1) / n for
 all-gather, reduce-scatter and all-to-all, all of it for send/recv, where every rank sends to the next. Times are
 medians of the slowest rank's wall time. An operation whose result is wrong has no speed printed, and the exit code is
-1.
+1. GPUs use NCCL; CPUs shared memory within a host, gloo between two ranks and between hosts.
+
 Started alone it makes the ranks on this host; under torchrun or srun with a task per rank it is one of them.
 ``benchmarks/gemm.py --profile`` writes `measure` into a profile.
 """
@@ -19,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -191,10 +192,12 @@ def layout(settings: Sequence[str]) -> Config:
     return check(from_dict({"model": model, "parallel": parallel, "train": {"global_batch": batch}}))
 
 
-def time_reductions(ranks: Ranks) -> list[float]:
-    """Median CPU seconds of an all-reduce of each size."""
+def time_reductions(ranks: Ranks, apart: bool) -> list[float]:
+    """Median CPU seconds of an all-reduce of each size; ``apart``: as between ranks of different hosts."""
     config = check(from_dict({"parallel": {"data": ranks.world}, "train": {"global_batch": 8}}), ranks.world)
     found = []
+    if apart:
+        ranks = replace(ranks, node=ranks.rank)
     with connected(config, ranks) as (grid, _):
         for size in SIZES:
             tensor, times = torch.ones(size // 4), []
@@ -206,12 +209,15 @@ def time_reductions(ranks: Ranks) -> list[float]:
     return found
 
 
-def measure() -> tuple[float, float]:
-    """(GB/s of bus bandwidth, seconds of latency) of an all-reduce over two ranks, in CPU seconds."""
+def measure() -> tuple[float, float, float]:
+    """(GB/s of bus bandwidth within a host, between hosts, seconds of latency) of an all-reduce, in CPU seconds.
+
+    Over two ranks a ring moves 2 x 1/2 of the bytes.
+    """
     with RankPool(2) as pool:
-        short, long = (max(times) for times in zip(*pool.run(2, time_reductions)))
-    # Over two ranks a ring moves 2 x 1/2 of the bytes.
-    return (SIZES[1] - SIZES[0]) / (long - short) / 1e9, short
+        (short, long), other = ([max(t) for t in zip(*pool.run(2, time_reductions, apart))] for apart in (False, True))
+    within, between = ((SIZES[1] - SIZES[0]) / 1e9 / seconds for seconds in (long - short, other[1] - other[0]))
+    return within, between, short
 
 
 def main() -> int:
@@ -237,7 +243,7 @@ def main() -> int:
         with RankPool(world) as pool:
             found = pool.run(world, time_axes, config, args.sizes, args.rounds, timeout=1800)[0]
     if plan is None or plan.rank == 0:
-        device = torch.cuda.get_device_name() + ", NCCL" if torch.cuda.is_available() else "CPU, gloo"
+        device = torch.cuda.get_device_name() + ", NCCL" if torch.cuda.is_available() else "CPU, shared memory and gloo"
         print("\n".join([f"{device}, {world} ranks: {' '.join(args.parallel)}", "", *table(found, args.sizes)]))
     return int(None in found.values())
 

@@ -203,8 +203,8 @@ def processor() -> str:
     return (named[0] if named else platform.machine()) + amx
 
 
-def profile(found: dict[str, Any], dtype: str, link: tuple[float, float]) -> str:
-    """A device profile for one number format. ``link``: GB/s of a ring between local ranks, latency in seconds."""
+def profile(found: dict[str, Any], dtype: str, links: tuple[float, float, float]) -> str:
+    """A device profile for one number format. ``links``: GB/s of a ring within a host, between hosts, latency in s."""
     bandwidth = found["adamw"] / 0.75
     best = found["gemm"]
     rates = ", ".join(f"{name} = {rate:.4f}" for name, rate in (best | {"fp16": best.get("bf16", 0.0)}).items() if rate)
@@ -236,8 +236,8 @@ flash2 = {{ share = {share:.4f}, half_length = {half:.1f}, narrow = 1.0 }}
 
 [network]
 gpus_per_node = 1024
-nvlink = {link[0]:.3f}
-nic = {link[0]:.3f}
+nvlink = {links[0]:.3f}
+nic = {links[1]:.3f}
 
 [cost]
 price = 0.05
@@ -252,7 +252,7 @@ flash_ampere = 1.0
 launch_ampere = 0.0
 link = 1.0
 nic = 1.0
-latency = {link[1]:.3g}
+latency = {links[2]:.3g}
 chunk = 0.0
 tensor_overlap = 0.0
 data_overlap = 0.0
@@ -269,7 +269,7 @@ multiprocessors = "not used on a CPU"
 gib = "assumed"
 bandwidth = "{source}: AdamW"
 flash2 = "{source}: causal attention of {LENGTHS[0]} and {LENGTHS[1]} tokens, {dtype}"
-nvlink = "benchmarks/collectives.py on the same machine: gloo"
+nvlink = "benchmarks/collectives.py on the same machine: shared memory"
 nic = "benchmarks/collectives.py on the same machine: gloo"
 measured = "{source}; what a CPU has no part of is 0 or 1"
 price = "assumed: a cloud's core"

@@ -305,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--ranks", type=int, default=4, help="most ranks of a layout of 'all' and 'pairs' (default: 4)")
     added.add_argument("--seed", type=int, default=0, help="draws the layouts of 'pairs' and the made-up batches")
     added.add_argument("--full-size", action="store_true", help="the job's own model, not one scaled down")
-    added.add_argument("--processes", action="store_true", help="ranks as processes over gloo, not as threads")
+    added.add_argument("--processes", action="store_true", help="ranks as processes, as in training, not as threads")
     added = verb("trace", trace, "peak memory and bytes sent of one rank of any grid, without GPUs", job=True)
     added.add_argument("--rank", type=int, default=0, help="the rank to trace (default: 0)")
     added.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")

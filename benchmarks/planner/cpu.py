@@ -83,8 +83,8 @@ def measure(ranks: Ranks, config: Config, rounds: int) -> tuple[float, gemm.Time
 
 
 def compare(
-    pool: RankPool, folder: Path, link: tuple[float, float], layout: tuple[str, str, dict[str, object], dict[str, int]],
-    rounds: int,
+    pool: RankPool, folder: Path, links: tuple[float, float, float],
+    layout: tuple[str, str, dict[str, object], dict[str, int]], rounds: int,
 ) -> tuple[float, float]:  # fmt: skip
     """(measured, predicted) CPU seconds."""
     job, dtype, parallel, train = layout
@@ -93,7 +93,7 @@ def compare(
     world = grid.tensor * grid.pipeline * grid.data
     steps, kernels = zip(*pool.run(world, measure, config, rounds, timeout=900))
     path = folder / f"{dtype}.toml"
-    path.write_text(gemm.profile(gemm.figures(gemm.together(kernels)), dtype, link))
+    path.write_text(gemm.profile(gemm.figures(gemm.together(kernels)), dtype, links))
     time_ = predict(from_config(config, hardware.load(str(path)), config.model.vocab_size), fitted.load())
     return max(steps), time_.step - time_.bubble
 
@@ -103,8 +103,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="layouts of this job alone")
     args = parser.parse_args()
-    link = collectives.measure()
-    print(f"gloo {link[0]:.2f} GB/s, {1e6 * link[1]:.0f} us\n")
+    links = collectives.measure()
+    print(f"messages: {links[0]:.2f} GB/s, {1e6 * links[2]:.0f} us\n")
     print("job   format layout                                    measured, CPU-s  predicted  error")
     errors = []
     with tempfile.TemporaryDirectory() as folder, RankPool(2) as pool:
@@ -112,7 +112,7 @@ def main() -> None:
             job, dtype, parallel, train = layout
             if args.only not in job:
                 continue
-            measured, predicted = compare(pool, Path(folder), link, layout, args.rounds)
+            measured, predicted = compare(pool, Path(folder), links, layout, args.rounds)
             errors.append(predicted / measured - 1)
             told = " ".join(f"{k}={v}" for k, v in {**parallel, **train}.items()) or "one rank"
             print(f"{job:5} {dtype:6} {told:42} {measured:14.2f} {predicted:10.2f} {errors[-1]:+7.1%}", flush=True)

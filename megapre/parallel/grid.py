@@ -25,7 +25,7 @@ class Grid:
     world: Axis
     """All ranks, on the device."""
     host: Axis
-    """All ranks, over CPU memory (gloo): agreements and counts that must not wait for the device."""
+    """All ranks, over CPU memory and gloo: agreements and counts that must not wait for the device."""
     pipeline: Axis
     """Ranks that hold the stages; carries messages to later ranks."""
     backward: Axis

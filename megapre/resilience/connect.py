@@ -18,6 +18,7 @@ from megapre.models import spec
 from megapre.parallel import grid as grids
 from megapre.parallel.grid import Grid
 from megapre.parallel.pipeline.schedules import stage_owners
+from megapre.parallel.shared import share
 from megapre.resilience.environment import threads_per_rank
 from megapre.resilience.ranks import Ranks
 from megapre.resilience.rendezvous import open_store
@@ -33,7 +34,8 @@ def connected(config: Config, ranks: Ranks) -> Iterator[tuple[Grid, torch.device
     try:
         if ranks.world > 1:
             join(ranks, device, config.resilience.timeout)
-        yield build_grid(config, device), device
+        grid = build_grid(config, device)
+        yield share(grid, ranks.node, config.resilience.timeout) if device.type == "cpu" else grid, device
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

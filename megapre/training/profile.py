@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megapre.monitor.profile import Message, Profile
-from megapre.parallel.comm import Axis, Work
+from megapre.parallel.comm import Around, Axis, Work
 from megapre.parallel.grid import Grid
 from megapre.training.trainer import Trainer
 
@@ -70,10 +70,10 @@ class ProfiledWork:
 
     def __init__(self, work: Work, profile: Profile, message: Message | None) -> None:
         self._work, self._profile, self._message = work, profile, message
-        inner = getattr(work, "work", work)
-        if message is not None and hasattr(inner, "get_future"):
+        self._inner = getattr(work, "work", work)
+        if message is not None and hasattr(self._inner, "get_future"):
             try:
-                inner.get_future().add_done_callback(self._complete)
+                self._inner.get_future().add_done_callback(self._complete)
             except RuntimeError:  # messages between two ranks have no future
                 pass
 
@@ -90,16 +90,16 @@ class ProfiledWork:
             result = self._work.wait()
         now = time.perf_counter()
         self._message.waited += now - before
-        self._message.done = self._message.done or now
+        self._message.done = self._message.done or getattr(self._inner, "ended", None) or now
         return result
 
 
-class ProfiledAxis(Axis):
-    """An axis with another one inside, which does the work."""
+class ProfiledAxis(Around):
+    """An axis whose operations a profile sees."""
 
     def __init__(self, axis: Axis, profile: Profile) -> None:
-        super().__init__(axis.name, axis.rank, axis.size, axis.group)
-        self.inner, self.profile = axis, profile
+        super().__init__(axis)
+        self.profile = profile
 
     def _seen(self, kind: str, nbytes: int, post: Callable[[], Work]) -> Work:
         message = self.profile.message(f"{self.name} {kind}", nbytes)

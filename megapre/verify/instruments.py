@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapre.parallel.comm import Axis, Work
+from megapre.parallel.comm import Around, Axis, Work
 from megapre.parallel.grid import Grid
 from megapre.parallel.layout import Bucket
 
@@ -28,14 +28,6 @@ PATIENCE = 60.0
 def poison(tensor: Tensor) -> None:
     """Fill with NaN, or with the type's largest number."""
     tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-
-
-class Around(Axis):
-    """An axis with another one inside, which does the work."""
-
-    def __init__(self, axis: Axis) -> None:
-        super().__init__(axis.name, axis.rank, axis.size, axis.group)
-        self.inner = axis
 
 
 class FifoAxis(Around):

@@ -327,7 +327,7 @@ def _merge(ranks: list[dict[str, list[float]]]) -> dict[str, float]:
 class Prover:
     """Runs cells of one job; the oracle and the unsharded baseline are computed once and kept in ``folder``.
 
-    Ranks are the processes of ``pool``, over gloo; without one, threads that exchange tensors (``threads.py``).
+    Ranks are the processes of ``pool``; without one, threads that exchange tensors (``threads.py``).
     """
 
     def __init__(self, config: Config, vocab_size: int, pool: RankPool | None, folder: Path) -> None:

@@ -23,7 +23,7 @@ def test_a_profile_of_measurements_is_read_back(tmp_path: Path) -> None:
         seconds |= {("attention", name, length): length / 1e4 for length in gemm.LENGTHS}
     found = gemm.figures({key: [value, value, 100.0] for key, value in seconds.items()})
     path = tmp_path / "mine.toml"
-    path.write_text(gemm.profile(found, "bf16", (1.5, 1e-4)))
+    path.write_text(gemm.profile(found, "bf16", (4.5, 1.5, 1e-4)))
     device = hardware.load(str(path))
     for inputs, outputs in gemm.HEADS:  # three products of all rows
         flops = 6.0 * gemm.TOKENS * inputs * outputs

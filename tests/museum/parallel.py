@@ -8,7 +8,41 @@ LAYOUTS = "tests/equivalence/test_layouts.py::test_layout_agrees_with_the_oracle
 ZERO = "tests/equivalence/test_layouts.py::test_zero_and_offload_agree"
 TIMING = "tests/equivalence/test_layouts.py::test_order_and_timing_of_messages_do_not_matter"
 
+SHARED = "tests/parallel/test_shared.py"
+
 PARALLEL = (
+    Mutant(
+        "shared-counter-read-without-acquire",
+        "csrc/host/shared.cpp",
+        "value.load(std::memory_order_acquire)",
+        "value.load(std::memory_order_relaxed)",
+        f"{SHARED}::test_no_rank_reads_what_another_writes",
+        "a peer's slot is read before what it wrote there has arrived",
+    ),
+    Mutant(
+        "shared-slot-reused-at-once",
+        "csrc/host/shared.cpp",
+        "(round_ % 2) * slot_",
+        "0",
+        f"{SHARED}::test_no_rank_reads_what_another_writes",
+        "one slot in place of two: a fast rank overwrites what a slow one is reading",
+    ),
+    Mutant(
+        "shared-operations-run-beside-each-other",
+        "csrc/host/shared.cpp",
+        "if (queue_.empty() || running_) changed_.wait(lock);\n            else run_first(lock, spins_);",
+        "if (queue_.empty()) changed_.wait(lock);\n            else run_first(lock, spins_);",
+        f"{SHARED}::test_no_rank_reads_what_another_writes",
+        "who waits takes the next operation while the helper thread is at the one before",
+    ),
+    Mutant(
+        "shared-between-hosts",
+        "megapre/parallel/shared.py",
+        "if any(hosts[rank] != here or able[rank] != \"1\" for rank in members):",
+        "if any(able[rank] != \"1\" for rank in members if hosts[rank] == here):",
+        f"{SHARED}::test_only_ranks_of_one_host_share_memory",
+        "an axis over two hosts is taken for one within a host",
+    ),
     Mutant(
         "norm-gradient-not-summed-over-sequence-shards",
         "megapre/parallel/placement.py",

@@ -19,8 +19,9 @@ from megapre.config.schema import Config
 from megapre.data.loader import Loader, StepBatch, batch_number
 from megapre.monitor.metrics import Monitor
 from megapre.parallel.buckets import Buffers
-from megapre.parallel.comm import Axis, Work
+from megapre.parallel.comm import Work
 from megapre.parallel.placement import Address
+from megapre.parallel.shared import SharedAxis
 from megapre.resilience.guard import zscore
 from megapre.resilience.ranks import Ranks
 from megapre.training.rewind import checkpoint_before, skipped_batches
@@ -223,13 +224,13 @@ def test_batches_that_are_left_out_are_counted_once() -> None:
 
 
 def run_on_broken_hardware(ranks: Ranks, config: Config, culprit: int, what: str) -> int:
-    linear, reduce = functional.linear, Axis.all_reduce
+    linear, reduce = functional.linear, SharedAxis.all_reduce
 
     def wrong_linear(*args: Any) -> torch.Tensor:
         out = linear(*args)
         return out * (1 + 1e-3) if ranks.rank == culprit else out
 
-    def wrong_reduce(self: Axis, tensor: torch.Tensor, op: str = "sum") -> Work:
+    def wrong_reduce(self: SharedAxis, tensor: torch.Tensor, op: str = "sum") -> Work:
         work = reduce(self, tensor, op)
         if self.name == "data" and ranks.rank == culprit and tensor.dtype == torch.float32:
             work.wait()
@@ -238,7 +239,7 @@ def run_on_broken_hardware(ranks: Ranks, config: Config, culprit: int, what: str
 
     owner, name, value = {
         "arithmetic": (functional, "linear", wrong_linear),
-        "network": (Axis, "all_reduce", wrong_reduce),
+        "network": (SharedAxis, "all_reduce", wrong_reduce),
     }[what]
     with patched(owner, name, value):
         return run(ranks, config)
