@@ -23,6 +23,7 @@ from megapre.monitor.fingerprint import differences, fingerprint
 from megapre.monitor.metrics import Monitor
 from megapre.monitor.profile import Profile
 from megapre.monitor.throughput import Throughput
+from megapre.parallel import shared
 from megapre.resilience import environment
 from megapre.resilience.connect import connected, placement
 from megapre.resilience.flight import recorded
@@ -48,6 +49,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest, *, profile: bool = Fals
     vocab_size = check_data(config)
     run_dir = Path(config.train.run_dir)
     with connected(config, ranks) as (grid, device), run_lock(run_dir, grid.world.rank, HostSync(grid.host)):
+        messages = shared.report(grid, device)
         pulse = Pulse(os.environ)
         waits = Waits(device)
         grid = recorded(grid, pulse, waits)
@@ -65,7 +67,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest, *, profile: bool = Fals
             monitor.text(placement(ranks, device))
         elif device.type == "cuda":
             print(placement(ranks, device), flush=True)
-        for line in [*report(engine.kernels, device), native.missing()]:
+        for line in [*report(engine.kernels, device), native.missing(), messages]:
             if line:
                 monitor.text(line)
         if config.resilience.selftest:

@@ -277,3 +277,16 @@ def share(grid: Grid, node: int, timeout: float) -> Grid:
         return SharedAxis(axis, Channel(found, axis.name, axis.rank, memory, regions, timeout, spins))
 
     return grid.mapped(change)
+
+
+def report(grid: Grid, device: torch.device) -> str:
+    """Which axes go which way, in one line; empty where there is one rank or all is NCCL's."""
+    if grid.world.size == 1 or device.type != "cpu":
+        return ""
+    ways: dict[str, list[str]] = {}
+    for name, axis in grid.axes().items():
+        if axis.size > 1:
+            ways.setdefault("shared memory" if isinstance(axis, SharedAxis) else "gloo", []).append(name)
+    said = "; ".join(f"{way} over {', '.join(names)}" for way, names in sorted(ways.items()))
+    why = "" if library() is not None else f" ({LIBRARY.name} is missing or older than its sources: `make setup`)"
+    return f"messages: {said}{why}"

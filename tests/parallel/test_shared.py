@@ -119,11 +119,11 @@ def test_every_operation_is_right_to_the_bit(world: int) -> None:
             assert counts[0] > 25 and len(set(counts)) == 1, f"seed {seed}: {counts}"
 
 
-def kinds(ranks: Ranks, parallel: dict[str, int], apart: bool) -> dict[str, str]:
-    """Which class each axis is, and that gloo's still work."""
+def kinds(ranks: Ranks, parallel: dict[str, int], apart: bool) -> tuple[dict[str, str], str]:
+    """Which class each axis is, and that gloo's still work; what a run says of it."""
     if apart:  # two hosts of half the ranks each
         ranks = replace(ranks, node=ranks.rank * 2 // ranks.world)
-    with connected(config(**parallel), ranks) as (grid, _):
+    with connected(config(**parallel), ranks) as (grid, device):
         for axis in (grid.world, grid.data, grid.tensor):
             whole = torch.ones(3, dtype=torch.bfloat16)
             axis.all_reduce(whole).wait()
@@ -131,13 +131,16 @@ def kinds(ranks: Ranks, parallel: dict[str, int], apart: bool) -> dict[str, str]
             small = torch.ones(2, dtype=torch.uint8)  # a type that gloo sums
             axis.all_reduce(small).wait()
             assert (small == axis.size).all()
-        return {name: type(axis).__name__ for name, axis in grid.axes().items() if axis.size > 1}
+        found = {name: type(axis).__name__ for name, axis in grid.axes().items() if axis.size > 1}
+        return found, shared.report(grid, device)
 
 
 def test_only_ranks_of_one_host_share_memory() -> None:
     with RankPool(4) as pool:
-        together = pool.run(4, kinds, {"data": 2, "tensor": 2}, False)[3]
-        apart = pool.run(4, kinds, {"data": 2, "tensor": 2}, True)[3]
+        together, said = pool.run(4, kinds, {"data": 2, "tensor": 2}, False)[3]
+        assert said == "messages: gloo over host; shared memory over world, data, replicas, tensor"
+        apart, said = pool.run(4, kinds, {"data": 2, "tensor": 2}, True)[3]
+        assert said == "messages: gloo over world, host, data, replicas; shared memory over tensor"
     assert together.pop("host") == apart.pop("host") == "Axis"
     assert set(together.values()) == {"SharedAxis"}
     assert apart["tensor"] == "SharedAxis" and apart["data"] == apart["world"] == apart["replicas"] == "Axis"
