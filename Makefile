@@ -69,9 +69,10 @@ bench-env: setup
 
 # The tables of docs/performance.md, on an otherwise idle machine.
 bench: setup
-	$(BIN)/python benchmarks/train/run.py --dtypes bf16 --write
-	$(BIN)/python benchmarks/train/run.py --jobs J1 --dtypes fp32 --threads 2 --write
+	$(BIN)/python benchmarks/train/run.py --write
+	$(BIN)/python benchmarks/train/run.py --dtypes bf16 --ranks 2 --threads 1 --write
 	$(BIN)/python benchmarks/train/components.py --write
+	$(BIN)/python benchmarks/train/memory.py --write
 	$(BIN)/python benchmarks/train/scaling.py --write
 
 # The counts of a release, hours of it, as root; its table goes into docs/operations.md. ROWS=kills,soak runs some.

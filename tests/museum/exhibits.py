@@ -91,7 +91,7 @@ EXHIBITS = (
     Exhibit(40, "tied parameter's gradient written twice (torchtitan PR #3174)", ("tied-bucket-reduced-twice",)),
     Exhibit(41, "local layer number where the global one was meant (Megatron-LM !2592)", ("layer-number-forgotten",)),
     Exhibit(42, "uneven stages built from layers // stages (Megatron-LM PR #3399)",
-            later="all blocks are of one kind so far, and a layer's tensors are found by its name"),
+            ("kind-of-a-block-by-its-place-in-the-stage",)),
     Exhibit(43, "rotary positions in bf16 (transformers PR #29285)",
             ("angles-in-bf16", "frequencies-in-fp32", "rotary-tables-in-the-models-type",
              "sinusoids-of-bf16-positions")),

@@ -8,6 +8,14 @@ EXPERTS = "tests/equivalence/test_experts.py::test_experts_agree_with_the_oracle
 
 EXPERT_MUTANTS = (
     Mutant(
+        "kind-of-a-block-by-its-place-in-the-stage",
+        "megapre/models/build.py",
+        "make = self.moe if config.has_experts(number) else self.mlp",
+        "make = self.moe if config.has_experts((number - 1) % (config.layers // 2) + 1) else self.mlp",
+        f"{EXPERTS}[deepseek-2x2x1+ep:2+sp+interleaved:2]",
+        "which blocks have experts is counted from the beginning of a stage of layers // 2 blocks",
+    ),
+    Mutant(
         "router-gradient-of-one-shard-of-the-tokens",
         "megapre/parallel/placement.py",
         "if sequence_parallel or self.spread",

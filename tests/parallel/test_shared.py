@@ -146,9 +146,11 @@ def test_only_ranks_of_one_host_share_memory() -> None:
     assert apart["tensor"] == "SharedAxis" and apart["data"] == apart["world"] == apart["replicas"] == "Axis"
 
 
-def without_library(ranks: Ranks, lacking: int) -> str:
-    if ranks.rank == lacking:
+def lacking(ranks: Ranks, what: str) -> str:
+    if ranks.rank == 1 and what == "library":
         shared.library = lambda: None  # type: ignore[assignment, misc]
+    elif ranks.rank == 1:
+        os.memfd_create = refused
     with connected(config(data=ranks.world), ranks) as (grid, _):
         x = torch.ones(3)
         grid.data.all_reduce(x).wait()
@@ -156,9 +158,14 @@ def without_library(ranks: Ranks, lacking: int) -> str:
         return type(grid.data).__name__
 
 
-def test_a_rank_without_the_library_takes_all_to_gloo() -> None:
+def refused(*args: object) -> int:
+    raise PermissionError("memfd_create")
+
+
+@pytest.mark.parametrize("what", ["library", "memfd"])
+def test_a_rank_that_cannot_share_takes_all_to_gloo(what: str) -> None:
     with RankPool(3) as pool:
-        assert pool.run(3, without_library, 1) == ["Axis"] * 3
+        assert pool.run(3, lacking, what) == ["Axis"] * 3
 
 
 def wrong_shapes(ranks: Ranks) -> list[str]:
