@@ -95,12 +95,11 @@ class Memory:
         _, pid, number, token = card.split()
         try:
             file = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+            self._files.append(file)
+            right = os.pread(file, TOKEN + 1, self._size - TOKEN) == bytes.fromhex(token)
+            return (self._map(file), file) if right else None
         except OSError:
             return None
-        self._files.append(file)
-        if os.pread(file, TOKEN + 1, self._size - TOKEN) != bytes.fromhex(token):
-            return None
-        return self._map(file), file
 
     def _map(self, file: int) -> int:
         self._maps.append(mmap.mmap(file, self._size))
