@@ -23,6 +23,7 @@
 #include <sys/syscall.h>
 #include <thread>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
@@ -154,10 +155,10 @@ class Channel {
         if (thread_.joinable()) thread_.join();
     }
 
-    int64_t post(const Operation& operation) {
+    int64_t post(Operation operation) {
         std::lock_guard<std::mutex> lock(mutex_);
         if (!thread_.joinable()) thread_ = std::thread([this] { serve(); });
-        queue_.push_back(operation);
+        queue_.push_back(std::move(operation));
         changed_.notify_one();
         return ++posted_;
     }
@@ -183,7 +184,7 @@ class Channel {
     }
 
     void run_first(std::unique_lock<std::mutex>& lock, int spins) {
-        const Operation operation = queue_.front();
+        const Operation operation = std::move(queue_.front());
         queue_.pop_front();
         running_ = true;
         spinning_ = spins;
@@ -224,8 +225,8 @@ class Channel {
             const uint32_t seen = counter.value.load();
             if (static_cast<int32_t>(seen - target) >= 0) break;
             const timespec look{0, std::chrono::nanoseconds(LOOK).count()};
-            const bool silent = syscall(SYS_futex, &counter.value, FUTEX_WAIT, seen, &look, nullptr, 0) && errno == ETIMEDOUT;
-            if (!silent || counter.reached(target)) continue;
+            const long code = syscall(SYS_futex, &counter.value, FUTEX_WAIT, seen, &look, nullptr, 0);
+            if (code == 0 || errno != ETIMEDOUT || counter.reached(target)) continue;
             if (!alive(peer) && !counter.reached(target)) return fail(-peer - 1, counter);
             if (closing_ || Clock::now() > deadline) return fail(peer + 1, counter);
         }
