@@ -5,8 +5,9 @@
 The layouts take turns step by step (``turns.py``), so wall time counts and the machine must be otherwise idle: a ratio
 is the median of the rounds' ratios. Beside the pipeline stands the simulator's bound: its schedule with what forward
 and backward cost each rank in CPU seconds in a run of its own with ``--profile``, and no time for messages; the step
-beside it is that run's too. Bytes are those of that run, beside the closed form. ``--write`` puts the table into docs/performance.md and draws docs/overlap.svg:
-gradient reduction and parameter gather of data parallelism with ZeRO-1 beside the computation that hides them.
+beside it is that run's too. Bytes are those of that run, beside the closed form. ``--write`` puts the table into
+docs/performance.md and draws docs/overlap.svg: gradient reduction and parameter gather of data parallelism with ZeRO-1
+beside the computation that hides them.
 """
 
 from __future__ import annotations
@@ -168,7 +169,8 @@ def report(
         split = seen["pipeline 2"][0].parallel.layers_per_stage
         verdict = "reached" if least / wall >= 0.95 else "missed"
         lines += ["", f"Pipeline of {split} blocks, 1F1B, {MICROBATCHES} microbatches: the simulator's bound is "
-                  f"{least:.3f} s, the same run's step {wall:.3f} s: {least / wall:.0%} of it (goal 95%: {verdict})."]  # fmt: skip
+                  f"{least:.3f} s, the same run's step {wall:.3f} s: {least / wall:.0%} of it (goal 95%: "
+                  f"{verdict})."]  # fmt: skip
     lines += ["", "| layout | operation | MiB a step | closed form | hidden |", "|---|---|---|---|---|"]
     for label, (used, ranks) in seen.items():
         for operation, size, expected in wire(used, ranks):
