@@ -36,6 +36,8 @@ SPINS = 2000
 """How often a rank with a core of its own looks at a counter before it sleeps: some 100 microseconds."""
 TOKEN = 16
 """Random bytes at the end of a region, by which a peer knows that it has opened the right one."""
+BYTES = 0
+"""The type of what is moved as it is; the others are those that can be summed, as shared.cpp numbers them."""
 KINDS = {"all_reduce": 0, "all_gather": 1, "reduce_scatter": 2}
 TYPES = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.int32: 4, torch.int64: 5}
 REDUCTIONS = {"sum": 0, "max": 1, "min": 2}
@@ -80,7 +82,7 @@ class Memory:
         self.file = os.memfd_create("megapre")
         os.ftruncate(self.file, self._size)
         os.pwrite(self.file, self._token, axes * self.stride)
-        fcntl.lockf(self.file, fcntl.LOCK_EX, 1)  # until this process ends: so the others know that it lives
+        fcntl.lockf(self.file, fcntl.LOCK_EX, 1)  # held while the channels live: by it the others know
         self._files = [self.file]
         self._maps: list[mmap.mmap] = []
         self.address = self._map(self.file)
@@ -198,7 +200,7 @@ class SharedAxis(Axis):
     def all_gather(self, output: Tensor, shard: Tensor) -> Work:
         """As Axis."""
         self._fits("all_gather", output, shard)
-        return self._channel.post("all_gather", 0, "sum", output, shard, shard.nbytes)
+        return self._channel.post("all_gather", BYTES, "sum", output, shard, shard.nbytes)
 
     def reduce_scatter(self, shard: Tensor, tensor: Tensor) -> Work:
         """As Axis."""
